@@ -1,0 +1,67 @@
+"""Generate text through the packed cache, streaming, with the figures a user asks for."""
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from .bind import ModelSource
+
+if TYPE_CHECKING:
+    from ..runtime.artifact import Artifact
+
+
+def generate(
+    artifact: "Artifact",
+    source: ModelSource,
+    prompt: str,
+    tokens: int,
+    on_text: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Continue a prompt greedily and return text, tokens, tokens/s and cache bytes.
+
+    Args:
+        artifact: loaded artifact of this model.
+        source: the model.
+        prompt: text to continue.
+        tokens: new tokens at most.
+        on_text: called with each piece of text as it appears.
+
+    Raises: KvantError if the artifact does not belong to the model.
+    """
+    import torch
+    from transformers import TextStreamer
+
+    from ..runtime.huggingface import attach, detach
+
+    class Pieces(TextStreamer):
+        """Hands each finished piece of text to the caller."""
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            if on_text is not None:
+                on_text(text)
+
+    model, cache = attach(source.load("float32"), artifact)
+    tokenizer = source.tokenizer()
+    inputs = tokenizer(prompt, return_tensors="pt")
+    begin = time.perf_counter()
+    with torch.inference_mode():
+        output = model.generate(
+            **inputs,
+            past_key_values=cache,
+            max_new_tokens=tokens,
+            do_sample=False,
+            streamer=Pieces(tokenizer, skip_prompt=True),
+            pad_token_id=tokenizer.eos_token_id,
+        )
+    seconds = time.perf_counter() - begin
+    new = output[0, inputs["input_ids"].shape[1] :]
+    result = {
+        "text": tokenizer.decode(new, skip_special_tokens=True),
+        "tokens": int(new.numel()),
+        "seconds": seconds,
+        "tokens_per_second": new.numel() / seconds,
+        "cache_bytes": cache.bytes(),
+        "context": int(output.shape[1]),
+    }
+    detach(model)
+    return result

@@ -1,0 +1,51 @@
+"""What `kvant show recipes | targets | passes | env` lists."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from ..passes import PASSES
+from ..targets import TARGETS
+from . import recipe as recipes
+from .debug import VARIABLES
+
+Listing = tuple[str, tuple[str, ...], list[tuple[Any, ...]]]
+
+
+def _recipes() -> Listing:
+    loaded = [recipes.load(name)[0] for name in recipes.names()]
+    rows: list[tuple[Any, ...]] = [(r.name, r.summary, r.source) for r in loaded]
+    return "recipes", ("name", "summary", "source"), rows
+
+
+def _targets() -> Listing:
+    rows: list[tuple[Any, ...]] = [
+        (name, target.summary, target.available() or "yes") for name, target in TARGETS.items()
+    ]
+    return "targets", ("name", "what it is", "can build here"), rows
+
+
+def _passes() -> Listing:
+    rows: list[tuple[Any, ...]] = []
+    for name, definition in PASSES.items():
+        options = [
+            str(p)
+            for p in inspect.signature(definition.run).parameters.values()
+            if p.kind is inspect.Parameter.KEYWORD_ONLY
+        ]
+        first = (inspect.getdoc(definition.run) or "").splitlines()[:1]
+        rows.append((name, "exact" if definition.exact else "lossy", ", ".join(options), *first))
+    return "passes", ("name", "promise", "options", "what it does"), rows
+
+
+def _environment() -> Listing:
+    rows: list[tuple[Any, ...]] = [(v.name, v.default, v.get(), v.does) for v in VARIABLES]
+    return "debug variables", ("name", "default", "now", "what it does"), rows
+
+
+LISTINGS: dict[str, Callable[[], Listing]] = {
+    "recipes": _recipes,
+    "targets": _targets,
+    "passes": _passes,
+    "env": _environment,
+}

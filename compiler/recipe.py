@@ -1,0 +1,277 @@
+"""Recipes: TOML that becomes frozen records. An unknown key is an error, never a default.
+
+A recipe says which exact rewrites to apply, how keys and values are stored, and which layers
+differ. Shapes are not known here; `Stream.tokens(channels)` binds a stream to a head width.
+"""
+
+import difflib
+import tomllib
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..ir.encodings import Bfp, Format, Int, Raw, Tokens
+from ..ir.errors import KvantError
+from ..passes import PASSES
+
+DEFAULT = "kivi-4bit"
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+
+class _Window(_Table):
+    sink: int = Field(default=0, ge=0)
+    recent: int = Field(default=0, ge=0)
+    flush: Literal["group", "block"] = "group"
+
+
+class RawStream(_Window):
+    """Tokens kept in a floating-point dtype."""
+
+    format: Literal["bf16", "f16", "f32"]
+
+    def bind(self, channels: int) -> Format:
+        """Return the format for heads of `channels` channels."""
+        return Raw(self.format)
+
+
+class IntStream(_Window):
+    """Affine integers; `group = "head"` means one group over the whole head."""
+
+    format: Literal["int"]
+    bits: int = Field(ge=1, le=8)
+    axis: Literal["token", "channel"]
+    group: int | Literal["head"]
+    zero: Literal["none", "int", "float"] = "float"
+    params: Literal["f16", "bf16", "f32"] = "f16"
+    clip: float = Field(default=1.0, gt=0.0, le=1.0)
+
+    def bind(self, channels: int) -> Format:
+        """Return the format for heads of `channels` channels."""
+        group = channels if self.group == "head" else int(self.group)
+        return Int(self.bits, self.axis, group, self.zero, self.params, self.clip)
+
+
+class BfpStream(_Window):
+    """Block floating point along the channels."""
+
+    format: Literal["bfp"]
+    mantissa: int = Field(ge=2, le=8)
+    block: int | Literal["head"]
+
+    def bind(self, channels: int) -> Format:
+        """Return the format for heads of `channels` channels."""
+        return Bfp(self.mantissa, channels if self.block == "head" else int(self.block))
+
+
+Stream = Annotated[RawStream | IntStream | BfpStream, Field(discriminator="format")]
+
+
+class Rewrite(BaseModel):
+    """One pass with its options; the pass itself checks them."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", populate_by_name=True)
+    name: str = Field(alias="pass")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keyword options of the pass."""
+        return dict(self.model_extra or {})
+
+
+class Rule(_Table):
+    """Layers that differ. The first rule that names a layer wins."""
+
+    layers: str
+    k: Stream | None = None
+    v: Stream | None = None
+
+
+class Recipe(_Table):
+    """A method, as data."""
+
+    name: str
+    summary: str = ""
+    source: str = ""
+    compute: Literal["int", "float"] = "int"
+    rewrite: tuple[Rewrite, ...] = ()
+    k: Stream
+    v: Stream
+    rule: tuple[Rule, ...] = ()
+
+
+def tokens(stream: RawStream | IntStream | BfpStream, channels: int, where: str) -> Tokens:
+    """Bind a stream of a recipe to heads of `channels` channels.
+
+    Raises: KvantError if a group or block does not divide the head.
+    """
+    bound = stream.bind(channels)
+    bound.check(channels, where)
+    return Tokens(rest=bound, sink=stream.sink, recent=stream.recent, flush=stream.flush)
+
+
+def names() -> tuple[str, ...]:
+    """Return the names of the recipes that come with kvant, sorted."""
+    folder = resources.files("kvant.compiler") / "recipes"
+    return tuple(sorted(f.name[:-5] for f in folder.iterdir() if f.name.endswith(".toml")))
+
+
+def load(recipe: str | Path | Recipe) -> tuple[Recipe, str]:
+    """Return a recipe and its TOML text.
+
+    Args:
+        recipe: the name of a recipe that comes with kvant, a path to a .toml file, or a record.
+
+    Raises: KvantError for an unknown name, unreadable TOML, an unknown key or pass.
+    """
+    if isinstance(recipe, Recipe):
+        import tomli_w
+
+        return recipe, tomli_w.dumps(recipe.model_dump(by_alias=True, exclude_none=True))
+    text, where = _read(recipe)
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise KvantError(
+            "recipe-syntax", f"this is not TOML: {error}", where=where, fix="correct that line"
+        ) from None
+    return parse(data, where), text
+
+
+def parse(data: dict[str, Any], where: str) -> Recipe:
+    """Return the record of a recipe given as a dictionary."""
+    try:
+        recipe = Recipe.model_validate(data)
+    except ValidationError as error:
+        raise _refusal(error, where) from None
+    for index, rewrite in enumerate(recipe.rewrite, 1):
+        if rewrite.name not in PASSES:
+            raise KvantError(
+                "unknown-pass",
+                f"there is no pass {rewrite.name!r}",
+                where=f"{where}: rewrite {index}",
+                fix=f"use one of: {', '.join(sorted(PASSES))}",
+            )
+    return recipe
+
+
+def _read(recipe: str | Path) -> tuple[str, str]:
+    path = Path(recipe)
+    if path.suffix == ".toml":
+        try:
+            return path.read_text(encoding="utf-8"), str(recipe)
+        except (OSError, UnicodeDecodeError) as error:
+            raise KvantError(
+                "recipe-unreadable",
+                f"the recipe file cannot be read: {error.__class__.__name__}",
+                where=str(recipe),
+                fix=f"give a readable .toml file, or one of: {', '.join(names())}",
+            ) from None
+    if str(recipe) in names():
+        file = resources.files("kvant.compiler") / "recipes" / f"{recipe}.toml"
+        return file.read_text(encoding="utf-8"), f"recipe {recipe}"
+    near = difflib.get_close_matches(str(recipe), names(), n=3, cutoff=0.3) or names()
+    raise KvantError(
+        "unknown-recipe",
+        f"there is no recipe {str(recipe)!r}",
+        where="the recipe argument",
+        fix=f"did you mean: {', '.join(near)}? `kvant show recipes` lists all; "
+        "a path must end in .toml",
+    )
+
+
+def _refusal(error: ValidationError, where: str) -> KvantError:
+    """Turn the first problem pydantic found into our own error."""
+    problem = error.errors()[0]
+    tags = {"bf16", "f16", "f32", "int", "bfp"}
+    place = ".".join(str(p) for p in problem["loc"] if p not in tags)
+    if problem["type"] == "extra_forbidden":
+        key = str(problem["loc"][-1])
+        known = _keys(problem["loc"])
+        near = difflib.get_close_matches(key, known, n=2)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        return KvantError(
+            "unknown-key",
+            f"unknown key {key!r}",
+            where=f"{where}: {place}",
+            fix=f"{hint}known keys: {', '.join(known)}",
+        )
+    return KvantError(
+        "recipe-value",
+        f"{place}: {problem['msg'][0].lower()}{problem['msg'][1:]}, got {problem.get('input')!r}",
+        where=where,
+        fix="see `kvant show recipes` for working examples",
+    )
+
+
+def _keys(loc: tuple[int | str, ...]) -> list[str]:
+    """Return the keys that are legal where `loc` points."""
+    models: dict[str, type[BaseModel]] = {"int": IntStream, "bfp": BfpStream, "rule": Rule}
+    models |= dict.fromkeys(("bf16", "f16", "f32"), RawStream)
+    for part in reversed(loc[:-1]):
+        if part in models:
+            return list(models[str(part)].model_fields)
+    return list(Recipe.model_fields)
+
+
+def matching_layers(selector: str, layers: int, where: str) -> frozenset[int]:
+    """Return the layers named by a selector such as "0-3, 7, -1".
+
+    Raises: KvantError if the selector is malformed or matches no layer of the model.
+    """
+    chosen: set[int] = set()
+    for part in selector.split(","):
+        first, dash, last = part.strip().partition("-") if part.strip()[:1] != "-" else (
+            part.strip(),
+            "",
+            "",
+        )
+        try:
+            low = int(first)
+            high = int(last) if dash else low
+        except ValueError:
+            raise KvantError(
+                "layer-selector",
+                f"{part.strip()!r} is not a layer or a range of layers",
+                where=where,
+                fix='write layers like "0-3, 7, -1" (negative counts from the end)',
+            ) from None
+        low, high = (n + layers if n < 0 else n for n in (low, high))
+        chosen.update(n for n in range(low, high + 1) if 0 <= n < layers)
+    if not chosen:
+        raise KvantError(
+            "rule-matches-nothing",
+            f"layers {selector!r} match none of the model's {layers} layers",
+            where=where,
+            fix=f"name layers from 0 to {layers - 1}, or remove the rule",
+        )
+    return frozenset(chosen)
+
+
+def streams_of(
+    recipe: Recipe, layers: int, where: str
+) -> list[tuple[RawStream | IntStream | BfpStream, RawStream | IntStream | BfpStream]]:
+    """Return the (k, v) streams of every layer, after the rules.
+
+    Raises: KvantError if a rule matches no layer or is hidden by earlier rules.
+    """
+    chosen = [(recipe.k, recipe.v)] * layers
+    taken: set[int] = set()
+    for index, rule in enumerate(recipe.rule, 1):
+        place = f"{where}: rule {index}"
+        new = matching_layers(rule.layers, layers, place) - taken
+        if not new:
+            raise KvantError(
+                "rule-matches-nothing",
+                f"every layer of {rule.layers!r} is taken by an earlier rule",
+                where=place,
+                fix="order the rules from special to general: the first match wins",
+            )
+        for layer in new:
+            chosen[layer] = (rule.k or recipe.k, rule.v or recipe.v)
+        taken |= new
+    return chosen

@@ -1,0 +1,119 @@
+"""A model that is only a shape: kernels for an attention layer without any weights."""
+
+import hashlib
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+from ..ir.encodings import Raw, Tokens
+from ..ir.errors import KvantError
+from ..ir.rewrite import Builder
+from ..ir.text import print_graph
+from ..ir.types import TensorType
+from .capture import Layer, Model
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """The attention of `layers` equal layers.
+
+    Args:
+        heads: query heads.
+        kv_heads: key and value heads; divides `heads`.
+        head_dim: channels of a query or key head.
+        v_head_dim: channels of a value head; `head_dim` if not given.
+        layers: number of layers.
+        scale: factor of the logits; head_dim ** -0.5 if not given.
+        softcap: cap * tanh(logit / cap), or none.
+        window: number of newest tokens that a query sees, or none.
+        sinks: learned sink logits per head (refused for now).
+        dtype: dtype of the model, "bf16", "f16" or "f32".
+
+    Raises: KvantError if the numbers do not fit together.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    v_head_dim: int | None = None
+    layers: int = 1
+    scale: float | None = None
+    softcap: float | None = None
+    window: int | None = None
+    sinks: bool = False
+    dtype: Literal["bf16", "f16", "f32"] = "bf16"
+
+    def __post_init__(self) -> None:
+        sizes = (self.heads, self.kv_heads, self.head_dim, self.layers, self.values)
+        if min(sizes) < 1 or self.heads % self.kv_heads:
+            raise KvantError(
+                "shape",
+                f"{self.heads} query heads cannot share {self.kv_heads} key heads of "
+                f"{self.head_dim} channels in {self.layers} layers",
+                where="Shape",
+                fix="give positive numbers, with heads a multiple of kv_heads",
+            )
+        if self.sinks:
+            raise KvantError(
+                "unsupported-sinks",
+                "learned sink logits are not supported yet",
+                where="Shape(sinks=True)",
+                fix="leave sinks out",
+            )
+
+    @property
+    def values(self) -> int:
+        """Channels of a value head."""
+        return self.head_dim if self.v_head_dim is None else self.v_head_dim
+
+    @property
+    def logit_scale(self) -> float:
+        """Factor of the logits."""
+        return self.head_dim**-0.5 if self.scale is None else self.scale
+
+
+def parse_shape(text: str) -> Shape:
+    """Return the shape written as heads x kv_heads x head_dim, such as "32x8x128"."""
+    try:
+        heads, kv_heads, head_dim = (int(part) for part in text.lower().split("x"))
+    except ValueError:
+        raise KvantError(
+            "shape-syntax",
+            f"{text!r} is not a shape",
+            where="--shape",
+            fix="write heads x kv heads x head size, such as 32x8x128",
+        ) from None
+    return Shape(heads, kv_heads, head_dim)
+
+
+def shape_model(shape: Shape) -> Model:
+    """Return the model of a shape: its graph takes q, k and v instead of hidden states."""
+    b = Builder("attention")
+    group = {"q": (shape.heads, shape.head_dim), "k": (shape.kv_heads, shape.head_dim)}
+    group["v"] = (shape.kv_heads, shape.values)
+    q, k, v = (
+        b.emit("input", name=name, type=TensorType("f32", ("B", heads, "T", width)))
+        for name, (heads, width) in group.items()
+    )
+    store = Tokens(rest=Raw("f32"))
+    past_k = b.emit("cache_read", b.emit("cache_write", k, role="k", store=store, basis=()))
+    past_v = b.emit("cache_read", b.emit("cache_write", v, role="v", store=store, basis=()))
+    out = b.emit(
+        "attend",
+        q,
+        past_k,
+        past_v,
+        causal=True,
+        scale=shape.logit_scale,
+        softcap=shape.softcap,
+        window=shape.window,
+    )
+    graph = b.graph((out,))
+    name = f"shape-{shape.heads}x{shape.kv_heads}x{shape.head_dim}"
+    return Model(
+        name=name,
+        architecture="shape",
+        graphs=(graph,),
+        layers=tuple(Layer(i, 0, f"layers.{i}.") for i in range(shape.layers)),
+        facts=asdict(shape),
+        fingerprint=hashlib.sha256(print_graph(graph).encode()).hexdigest(),
+    )

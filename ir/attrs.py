@@ -1,0 +1,24 @@
+"""What an attribute may be, and the table of the structured ones.
+
+A structured attribute is a frozen dataclass that checks itself; the text form is
+`tag(field = value, ...)`. Adding one: its class in a module of its own, one line here.
+"""
+
+from .encodings.affine import Int
+from .encodings.bfp import Bfp
+from .encodings.raw import Raw
+from .encodings.tokens import Tokens
+from .maps import Gather, Hadamard, Scale
+
+Record = Raw | Int | Bfp | Tokens | Hadamard | Gather | Scale
+AttrValue = bool | int | float | str | None | Record | tuple["AttrValue", ...]
+
+ATTRS: dict[str, type[Record]] = {
+    "raw": Raw,
+    "int": Int,
+    "bfp": Bfp,
+    "tokens": Tokens,
+    "hadamard": Hadamard,
+    "gather": Gather,
+    "scale": Scale,
+}

@@ -1,0 +1,305 @@
+"""Page bytes: where the fields of one page lie, with pack and unpack.
+
+A page holds `tokens` tokens of one row, layer and role. It is one block per head; a block is the
+format's fields one after another, each at a multiple of 64 bytes, in this order:
+
+    codes      8 bit  u8[P, C]      byte j: channel j
+               4 bit  u8[P, C / 2]  byte j: channel j in the low nibble, j + C/2 in the high one
+               2 bit  u8[P, C / 4]  byte j: channels j, j + C/4, j + C/2, j + 3C/4 at bits 0, 2, 4, 6
+               3 bit  the low two bits of the codes as for 2 bit, then
+    high       3 bit  u8[P, C / 8]  bit i of byte j: bit 2 of channel j + i C/8
+    scale zero        [P / gt, C / gc] in the array type of `params`
+    exponent          u8[P, C / block]
+    values            [P, C] of a raw format
+
+Codes are split in chunks of channels and never interleaved, so that one mask gives neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from math import lcm, prod
+
+import numpy as np
+
+from .arrays import STORED, Array
+from .encodings import Bfp, Format, Int, Raw
+from .encodings.raw import check_integer
+from .errors import KvantError
+
+ALIGN = 64
+CODE_BITS = (2, 3, 4, 8)
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """One array of a head block.
+
+    Attributes:
+        name: "codes", "high", "scale", "zero", "exponent" or "values".
+        dtype: NumPy name: "uint8", "uint16" (bf16), "float16", "float32".
+        shape: [rows, columns]; rows are tokens, or groups of tokens.
+        offset: bytes from the start of the head block.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, int]
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the array."""
+        return prod(self.shape) * np.dtype(self.dtype).itemsize
+
+
+def page_tokens(fmt: Format) -> int:
+    """Return the tokens of a page: 64, or the least multiple of 64 and the format's group."""
+    return lcm(64, fmt.group_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class PageLayout:
+    """The bytes of one page.
+
+    Attributes:
+        tokens: tokens of a page, whole groups.
+        heads: KV heads.
+        channels: channels of a head.
+        format: how values are encoded.
+        kind: name of the arrangement; there is "rows".
+    """
+
+    tokens: int
+    heads: int
+    channels: int
+    format: Format
+    kind: str = "rows"
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that the format or the arrangement does not take."""
+        where = "page layout"
+        for name in ("tokens", "heads", "channels"):
+            check_integer(where, name, getattr(self, name), 1)
+        if self.kind != "rows":
+            raise KvantError(
+                "unknown-layout", f"no layout {self.kind!r}", where=where, fix="use: rows"
+            )
+        self.format.check(self.channels, where)
+        group = self.format.group_tokens
+        if self.tokens % group:
+            raise KvantError(
+                "group-does-not-divide",
+                f"groups of {group} tokens do not divide pages of {self.tokens}",
+                where=where,
+                fix=f"use pages of {page_tokens(self.format)} tokens",
+            )
+        _fields(self)
+
+    @property
+    def fields(self) -> tuple[Field, ...]:
+        """The arrays of a head block, in order."""
+        return _fields(self)
+
+    @property
+    def head_bytes(self) -> int:
+        """Bytes of a head block, a multiple of 64."""
+        last = self.fields[-1]
+        return _aligned(last.offset + last.nbytes)
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page."""
+        return self.heads * self.head_bytes
+
+    def pack(self, fields: Mapping[str, Array]) -> Array:
+        """Return a page, uint8[page_bytes], of fields [H, P, ...] as the format's `encode` gives.
+
+        Bytes between fields are zero. Raises: KvantError if the fields are not one whole page.
+        """
+        page = np.zeros(self.page_bytes, dtype=np.uint8)
+        self.write(page, 0, fields)
+        return page
+
+    def unpack(self, page: Array) -> dict[str, Array]:
+        """Return the fields [..., H, P, ...] of pages uint8[..., page_bytes]."""
+        return self.read(page, 0, self.tokens)
+
+    def write(self, page: Array, first_token: int, fields: Mapping[str, Array]) -> None:
+        """Write whole groups of tokens into a page, from `first_token` of the page on.
+
+        Args:
+            page: uint8[page_bytes], writable; bytes of other tokens keep their values.
+            first_token: a multiple of the group.
+            fields: of n tokens, [H, n, ...]; n is a multiple of the group.
+
+        Raises: KvantError if the tokens do not fit or a field is missing or has another shape.
+        """
+        planes = _to_planes(self.format, fields)
+        count = self._token_count(planes)
+        self._check_tokens(first_token, count)
+        for field in self.fields:
+            rows = self._rows(field, first_token, count)
+            target = self._view(page, field)[..., rows, :]
+            if planes[field.name].shape != target.shape:
+                raise KvantError(
+                    "field-shape",
+                    f"field {field.name} has shape {planes[field.name].shape}",
+                    where="page layout",
+                    fix=f"pass shape {target.shape}",
+                )
+            target[...] = planes[field.name]
+
+    def read(self, page: Array, first_token: int, count: int) -> dict[str, Array]:
+        """Return the fields [..., H, count, ...] of tokens of pages uint8[..., page_bytes]; a copy."""
+        self._check_tokens(first_token, count)
+        planes = {
+            field.name: self._view(page, field)[..., self._rows(field, first_token, count), :].copy()
+            for field in self.fields
+        }
+        return _from_planes(self.format, planes, self.channels)
+
+    def _view(self, page: Array, field: Field) -> Array:
+        """Return a field of pages uint8[..., page_bytes] as [..., H, rows, columns], no copy."""
+        if page.dtype != np.uint8 or page.shape[-1] != self.page_bytes:
+            raise KvantError(
+                "field-shape",
+                f"a page of type {page.dtype} and shape {page.shape}",
+                where="page layout",
+                fix=f"pass uint8 [..., {self.page_bytes}]",
+            )
+        blocks = page.reshape(*page.shape[:-1], self.heads, self.head_bytes)
+        raw = blocks[..., field.offset : field.offset + field.nbytes].view(field.dtype)
+        return raw.reshape(*raw.shape[:-1], *field.shape)
+
+    def _rows(self, field: Field, first_token: int, count: int) -> slice:
+        tokens_per_row = self.tokens // field.shape[0]
+        return slice(first_token // tokens_per_row, (first_token + count) // tokens_per_row)
+
+    def _token_count(self, planes: Mapping[str, Array]) -> int:
+        missing = {field.name for field in self.fields} - set(planes)
+        if missing:
+            raise KvantError(
+                "field-shape",
+                f"no field {', '.join(sorted(missing))}",
+                where="page layout",
+                fix="pass the fields that the format's encode gives",
+            )
+        return int(planes[self.fields[0].name].shape[-2])
+
+    def _check_tokens(self, first_token: int, count: int) -> None:
+        group = self.format.group_tokens
+        inside = 0 <= first_token and 0 <= count and first_token + count <= self.tokens
+        if not inside or first_token % group or count % group:
+            raise KvantError(
+                "page-range",
+                f"tokens {first_token}..{first_token + count} of a page of {self.tokens}",
+                where="page layout",
+                fix=f"pass whole groups of {group} tokens inside the page",
+            )
+
+
+@lru_cache(maxsize=256)
+def _fields(layout: PageLayout) -> tuple[Field, ...]:
+    """Return the fields with their offsets."""
+    offset, fields = 0, []
+    for name, dtype, shape in _arrays(layout):
+        field = Field(name, dtype.name, shape, offset)
+        offset = _aligned(offset + field.nbytes)
+        fields.append(field)
+    return tuple(fields)
+
+
+def _aligned(offset: int) -> int:
+    return -(-offset // ALIGN) * ALIGN
+
+
+def _arrays(layout: PageLayout) -> list[tuple[str, np.dtype[np.generic], tuple[int, int]]]:
+    """Return (name, type, shape) of each field."""
+    rows, channels, fmt = layout.tokens, layout.channels, layout.format
+    byte = np.dtype(np.uint8)
+    if isinstance(fmt, Raw):
+        return [("values", STORED[fmt.dtype], (rows, channels))]
+    arrays = [(name, byte, (rows, width)) for name, width in _plane_widths(fmt, channels)]
+    if isinstance(fmt, Bfp):
+        return [*arrays, ("exponent", byte, (rows, channels // fmt.block))]
+    shape = (rows // fmt.group_tokens, channels // fmt.group_channels)
+    names = ("scale",) if fmt.zero == "none" else ("scale", "zero")
+    return [*arrays, *((name, STORED[fmt.params], shape) for name in names)]
+
+
+def code_bits(fmt: Int | Bfp) -> int:
+    """Return the bits of a stored code.
+
+    Raises: KvantError("no-layout") if no layout holds codes of that width.
+    """
+    bits = fmt.bits if isinstance(fmt, Int) else fmt.mantissa
+    if bits not in CODE_BITS:
+        raise KvantError(
+            "no-layout",
+            f"no page layout holds codes of {bits} bits",
+            where="page layout",
+            fix=f"use one of: {', '.join(str(b) for b in CODE_BITS)} bits",
+        )
+    return bits
+
+
+def _plane_widths(fmt: Int | Bfp, channels: int) -> list[tuple[str, int]]:
+    """Return (plane name, bytes a token) of the codes."""
+    bits = code_bits(fmt)
+    per_byte = 8 if bits == 3 else 8 // bits
+    if channels % per_byte:
+        raise KvantError(
+            "channels-do-not-pack",
+            f"{channels} channels of {bits} bits do not fill whole bytes",
+            where="page layout",
+            fix=f"use a multiple of {per_byte} channels, or 8 bits",
+        )
+    if bits == 3:
+        return [("codes", channels // 4), ("high", channels // 8)]
+    return [("codes", channels // per_byte)]
+
+
+def pack_plane(codes: Array, bits: int) -> Array:
+    """Pack codes of 1, 2, 4 or 8 bits [..., C] to bytes u8 [..., C * bits / 8].
+
+    With n = 8 / bits, byte j holds the channels j + i C/n, i = 0..n-1, at bit i * bits (low first).
+    """
+    per_byte = 8 // bits
+    chunks = codes.reshape(*codes.shape[:-1], per_byte, codes.shape[-1] // per_byte)
+    shifts = np.arange(per_byte, dtype=np.uint8)[:, None] * np.uint8(bits)
+    packed: Array = np.bitwise_or.reduce(chunks.astype(np.uint8) << shifts, axis=-2)
+    return packed
+
+
+def unpack_plane(packed: Array, bits: int) -> Array:
+    """Undo `pack_plane`: u8 [..., C * bits / 8] to codes u8 [..., C]."""
+    per_byte = 8 // bits
+    shifts = np.arange(per_byte, dtype=np.uint8)[:, None] * np.uint8(bits)
+    chunks = (packed[..., None, :] >> shifts) & np.uint8(2**bits - 1)
+    return chunks.reshape(*packed.shape[:-1], per_byte * packed.shape[-1])
+
+
+def _to_planes(fmt: Format, fields: Mapping[str, Array]) -> dict[str, Array]:
+    """Return the fields with codes packed to planes."""
+    planes = dict(fields)
+    if isinstance(fmt, Raw) or "codes" not in planes:
+        return planes
+    bits, codes = code_bits(fmt), planes["codes"]
+    _plane_widths(fmt, codes.shape[-1])
+    if bits == 3:
+        return planes | {"codes": pack_plane(codes & 3, 2), "high": pack_plane(codes >> 2, 1)}
+    return planes | {"codes": pack_plane(codes, bits)}
+
+
+def _from_planes(fmt: Format, planes: dict[str, Array], channels: int) -> dict[str, Array]:
+    """Return the planes as fields with one code a byte."""
+    if isinstance(fmt, Raw):
+        return planes
+    bits = code_bits(fmt)
+    if bits == 3:
+        high = unpack_plane(planes.pop("high"), 1)
+        return planes | {"codes": unpack_plane(planes["codes"], 2) | (high << np.uint8(2))}
+    return planes | {"codes": unpack_plane(planes["codes"], bits)}

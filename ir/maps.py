@@ -1,0 +1,205 @@
+"""Maps of a head's channels: Walsh-Hadamard, permutation, scale; their duals and inverses.
+
+    <k, q>  =  <M k, M^-T q>        for every invertible M
+
+A stream's maps are applied to what is stored; the dual M^-T of K's maps is applied to q, and the
+inverse M^-1 of V's maps to the output. Hadamard and Gather are orthogonal, so each is its own dual.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+
+from .arrays import Array
+from .errors import KvantError
+
+
+@dataclass(frozen=True, slots=True)
+class Hadamard:
+    """y = H x with the orthonormal Sylvester Walsh-Hadamard matrix; H is its own inverse.
+
+    Attributes:
+        size: width of the transform in channels, a power of two; equals the head width.
+    """
+
+    size: int
+
+    def __post_init__(self) -> None:
+        """Refuse a size that is not a power of two."""
+        if type(self.size) is not int or self.size < 1 or self.size & (self.size - 1):
+            raise KvantError(
+                "hadamard-size",
+                f"a Hadamard transform of size {self.size} does not exist here",
+                where=f"hadamard({self.size})",
+                fix="use a power of two, or leave the rotation out for this head size",
+            )
+
+    def check(self, channels: int, where: str) -> None:
+        """Refuse a head whose width is not `size`."""
+        if channels != self.size:
+            raise KvantError(
+                "hadamard-size",
+                f"hadamard({self.size}) does not fit heads of {channels} channels",
+                where=where,
+                fix="use the head width as size (a power of two), or leave the rotation out",
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Gather:
+    """y[h, c] = x[h, order[h, c]]: storage order of the channels.
+
+    Attributes:
+        order: name of an i64[H, D] constant; every row is a permutation of 0..D-1.
+    """
+
+    order: str
+
+    def __post_init__(self) -> None:
+        """Refuse an empty name."""
+        _check_name(self.order, "gather")
+
+    def check(self, channels: int, where: str) -> None:
+        """Accept any head width: the constant itself is checked when it is applied."""
+        _check_channels(channels, where)
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """y[h, c] = x[h, c] * values[h, c], or divided by it with `inverse`.
+
+    Attributes:
+        values: name of a float [H, D] constant without zeros.
+        inverse: divide instead of multiply.
+    """
+
+    values: str
+    inverse: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse an empty name."""
+        _check_name(self.values, "scale")
+
+    def check(self, channels: int, where: str) -> None:
+        """Accept any head width: the constant itself is checked when it is applied."""
+        _check_channels(channels, where)
+
+
+Map: TypeAlias = Hadamard | Gather | Scale
+Constants: TypeAlias = Mapping[str, Array]
+
+
+def _check_name(name: str, kind: str) -> None:
+    if not isinstance(name, str) or not name:
+        raise KvantError(
+            "map-constant",
+            f"the constant of a {kind} map has the name {name!r}",
+            where=kind,
+            fix="name a constant, for example 'kvant.k_order'",
+        )
+
+
+def _check_channels(channels: int, where: str) -> None:
+    if channels < 1:
+        raise KvantError(
+            "map-constant", f"a head of {channels} channels", where=where, fix="use at least one"
+        )
+
+
+def hadamard_transform(x: Array) -> Array:
+    """Return the orthonormal Walsh-Hadamard transform of x over its last axis, in float64.
+
+    Args:
+        x: shape [..., D], D a power of two. The order is Sylvester's: H[i, j] = (-1)^popcount(i & j).
+
+    Raises: KvantError("hadamard-size") if D is not a power of two.
+    """
+    channels = x.shape[-1]
+    Hadamard(channels)
+    y = np.array(x, dtype=np.float64)
+    half = 1
+    while half < channels:
+        pairs = y.reshape(*x.shape[:-1], channels // (2 * half), 2, half)
+        low, high = pairs[..., 0, :], pairs[..., 1, :]
+        y = np.stack((low + high, low - high), axis=-2).reshape(x.shape)
+        half *= 2
+    return y / np.sqrt(channels)
+
+
+def dual(m: Map) -> Map:
+    """Return M^-T of a map: what q needs when k got M."""
+    return Scale(m.values, not m.inverse) if isinstance(m, Scale) else m
+
+
+def apply(maps: Sequence[Map], x: Array, constants: Constants, repeat: int = 1) -> Array:
+    """Apply maps in order.
+
+    Args:
+        maps: first one first.
+        x: shape [..., H, T, D].
+        constants: order and scale arrays by name, each [H / repeat, D].
+        repeat: heads of x that share one row of a constant; head h uses row h // repeat.
+
+    Returns: float64, the shape of x.
+    Raises: KvantError if a constant is missing or has another shape, or a map does not fit D.
+    """
+    y = np.asarray(x, dtype=np.float64)
+    for m in maps:
+        m.check(y.shape[-1], "apply")
+        if isinstance(m, Hadamard):
+            y = hadamard_transform(y)
+        elif isinstance(m, Gather):
+            y = _take(y, _constant(m.order, y, constants, repeat))
+        else:
+            values = _constant(m.values, y, constants, repeat)
+            y = y / values if m.inverse else y * values
+    return y
+
+
+def apply_dual(maps: Sequence[Map], q: Array, constants: Constants, repeat: int = 1) -> Array:
+    """Apply M^-T of k's maps to q, shape [..., Hq, T, D]; q head h uses kv head h // repeat."""
+    return apply([dual(m) for m in maps], q, constants, repeat)
+
+
+def apply_inverse(maps: Sequence[Map], x: Array, constants: Constants, repeat: int = 1) -> Array:
+    """Undo `apply(maps, ...)`: the inverses, last map first. Arguments as in `apply`."""
+    y = np.asarray(x, dtype=np.float64)
+    for m in reversed(maps):
+        if isinstance(m, Gather):
+            m.check(y.shape[-1], "apply_inverse")
+            order = _constant(m.order, y, constants, repeat)
+            y = _take(y, np.argsort(order, axis=-1))
+        else:
+            # Hadamard is its own inverse; the inverse of a diagonal is its dual.
+            y = apply([dual(m)], y, constants, repeat)
+    return y
+
+
+def _take(x: Array, order: Array) -> Array:
+    """Return x[..., h, t, order[h, 0, c]]."""
+    return np.take_along_axis(x, np.broadcast_to(order, x.shape), axis=-1)
+
+
+def _constant(name: str, x: Array, constants: Constants, repeat: int) -> Array:
+    """Return a [H / repeat, D] constant as [H, 1, D]."""
+    if name not in constants:
+        raise KvantError(
+            "map-constant",
+            f"no constant {name!r}",
+            where="maps",
+            fix=f"pass one of shape [heads, channels]; there are: {', '.join(sorted(constants))}",
+        )
+    value = np.asarray(constants[name])
+    heads, channels = x.shape[-3], x.shape[-1]
+    if value.ndim != 2 or value.shape[0] * repeat != heads or value.shape[1] != channels:
+        raise KvantError(
+            "map-constant",
+            f"constant {name!r} has shape {value.shape} for {heads} heads of {channels} channels",
+            where="maps",
+            fix=f"pass shape ({heads // repeat}, {channels}): one row for {repeat} heads",
+        )
+    return np.repeat(value, repeat, axis=0)[:, None, :]

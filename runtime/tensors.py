@@ -1,0 +1,139 @@
+"""Tensors in and out: NumPy arrays and torch tensors, without importing torch.
+
+A torch tensor is known by the module of its class. Whoever hands one over has imported torch, so
+it can be looked up in `sys.modules` when the result must be a torch tensor again.
+"""
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..ir.errors import KvantError
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What a tensor was, so that a result can become the same again.
+
+    Attributes:
+        library: "numpy" or "torch".
+        dtype: "float32", "bfloat16" or "float16".
+    """
+
+    library: str
+    dtype: str
+
+
+def _is_torch(value: object) -> bool:
+    """Return whether the value is a torch.Tensor or of a class derived from it."""
+    return any(
+        cls.__name__ == "Tensor" and cls.__module__.split(".")[0] == "torch"
+        for cls in type(value).__mro__
+    )
+
+
+def _wrong_type(name: str, value: object, expected: str) -> KvantError:
+    return KvantError(
+        "wrong-type",
+        f"{name} is a {type(value).__module__}.{type(value).__qualname__}, expected {expected}",
+        where=name,
+        fix="pass a torch tensor on the CPU or a NumPy array",
+    )
+
+
+def _wrong_dtype(name: str, dtype: object, expected: str) -> KvantError:
+    return KvantError(
+        "wrong-dtype",
+        f"{name} has dtype {dtype}, expected {expected}",
+        where=name,
+        fix=f"convert {name} first",
+    )
+
+
+def _check_device(name: str, tensor: Any) -> None:
+    device, layout = str(tensor.device), str(tensor.layout)
+    if device.split(":")[0] != "cpu" or layout != "torch.strided":
+        raise KvantError(
+            "wrong-device",
+            f"{name} is a {layout} tensor on device {device}, expected torch.strided on cpu",
+            where=name,
+            fix=f"move it first, for example with {name}.cpu()",
+        )
+
+
+def check_shape(
+    name: str, shape: tuple[int, ...], expected: tuple[int | str, ...], where: str
+) -> None:
+    """Raise KvantError "wrong-shape" unless the shape fits; a str in `expected` fits any size."""
+    fits = len(shape) == len(expected) and all(
+        isinstance(want, str) or have == want for have, want in zip(shape, expected, strict=False)
+    )
+    if not fits:
+        wanted = ", ".join(str(size) for size in expected)
+        raise KvantError(
+            "wrong-shape",
+            f"{name} has shape {list(shape)}, expected [{wanted}]",
+            where=where,
+            fix="pass [batch, heads, tokens, channels] as the cache was created for",
+        )
+
+
+def read_floats(name: str, value: object) -> tuple[NDArray[np.float32], Kind]:
+    """Return a tensor as a contiguous, aligned, writable float32 array and what it was.
+
+    The array shares memory with a float32 tensor that is contiguous; otherwise it is a copy.
+
+    Args:
+        name: the argument's name, for errors.
+        value: torch tensor on the CPU or NumPy array, f32, bf16 or f16.
+
+    Raises: KvantError "wrong-type", "wrong-dtype" or "wrong-device".
+    """
+    if _is_torch(value):
+        tensor: Any = value
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        if dtype not in _DTYPES:
+            raise _wrong_dtype(name, dtype, " or ".join(_DTYPES))
+        _check_device(name, tensor)
+        array = tensor.detach().float().contiguous().numpy()
+        return np.require(array, np.float32, ["C", "A", "W"]), Kind("torch", dtype)
+    if not isinstance(value, np.ndarray):
+        raise _wrong_type(name, value, "a torch tensor or a NumPy array")
+    if value.dtype.name not in _DTYPES or not value.dtype.isnative:
+        raise _wrong_dtype(name, value.dtype, " or ".join(_DTYPES) + " in native byte order")
+    return np.require(value, np.float32, ["C", "A", "W"]), Kind("numpy", value.dtype.name)
+
+
+def write_floats(array: NDArray[np.float32], kind: Kind) -> Any:
+    """Return an array as the kind of tensor that `read_floats` was given, rounded once."""
+    if kind.library == "torch":
+        torch: Any = sys.modules["torch"]
+        return torch.from_numpy(array).to(getattr(torch, kind.dtype))
+    # NumPy knows "bfloat16" only while ml_dtypes is loaded, which made the input possible.
+    return array.astype(np.dtype(kind.dtype), copy=False)
+
+
+def read_integers(name: str, value: object, size: int) -> NDArray[np.int64]:
+    """Return a sequence, array or tensor of integers as a fresh int64[size].
+
+    Raises: KvantError "wrong-type", "wrong-dtype" or "wrong-shape".
+    """
+    if _is_torch(value):
+        tensor: Any = value
+        _check_device(name, tensor)
+        if str(tensor.dtype) not in ("torch.int64", "torch.int32"):
+            raise _wrong_dtype(name, tensor.dtype, "int64")
+        array = tensor.detach().numpy()
+    elif isinstance(value, np.ndarray | list | tuple):
+        array = np.asarray(value, None if len(value) else np.int64)
+    else:
+        raise _wrong_type(name, value, "integers, one per row")
+    if array.dtype.kind not in "iu":
+        raise _wrong_dtype(name, array.dtype, "int64")
+    check_shape(name, array.shape, (size,), where=name)
+    return array.astype(np.int64)
