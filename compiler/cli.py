@@ -69,7 +69,9 @@ def compile_(
     target: TargetOption = ["cpu"],  # noqa: B006
     output: Annotated[str | None, typer.Option("--out", "-o", help="Folder to create.")] = None,
     text: Annotated[str | None, typer.Option(help="Calibration text.")] = None,
-    dump_ir: Annotated[str | None, typer.Option(help="Folder for the graph after each pass.")] = None,
+    dump_ir: Annotated[
+        str | None, typer.Option(help="Folder for the graph after each pass.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Compile a model into an artifact."""
@@ -98,7 +100,9 @@ def _show_facts(facts: dict[str, Any]) -> None:
     _table("artifact", ("", ""), rows)
     kernels = facts.get("kernels", [])
     if kernels:
-        _table("kernels", ("name", "what it reads and writes"), [tuple(k.values()) for k in kernels])
+        _table(
+            "kernels", ("name", "what it reads and writes"), [tuple(k.values()) for k in kernels]
+        )
 
 
 @app.command()
@@ -197,7 +201,9 @@ def bench(
     from .benchmark import bench_shape, shape_of
     from .shape import parse_shape
 
-    contexts, batches = (_numbers(text, name) for text, name in ((context, "--context"), (batch, "--batch")))
+    contexts, batches = (
+        _numbers(text, name) for text, name in ((context, "--context"), (batch, "--batch"))
+    )
     with _status(as_json) as status:
         status.update("timing ...")
         if artifact is not None:
@@ -260,11 +266,18 @@ def main(arguments: list[str] | None = None) -> None:
         app(args=arguments, standalone_mode=True)
     except KvantError as error:
         if "--json" in arguments:
-            fields = {"code": error.code, "what": error.what, "where": error.where, "fix": error.fix}
+            fields = {
+                "code": error.code,
+                "what": error.what,
+                "where": error.where,
+                "fix": error.fix,
+            }
             _print_json({"error": fields})
         else:
             err.print(f"[bold red]kvant:[/] {error.what}", highlight=False)
-            err.print(f"  where: {error.where}\n  fix: {error.fix}  \\[{error.code}]", highlight=False)
+            err.print(
+                f"  where: {error.where}\n  fix: {error.fix}  \\[{error.code}]", highlight=False
+            )
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -97,7 +97,7 @@ class Recipe(_Table):
     name: str
     summary: str = ""
     source: str = ""
-    compute: Literal["int", "float"] = "int"
+    compute: Literal["int", "float"] = "float"
     rewrite: tuple[Rewrite, ...] = ()
     k: Stream
     v: Stream
@@ -225,10 +225,14 @@ def matching_layers(selector: str, layers: int, where: str) -> frozenset[int]:
     """
     chosen: set[int] = set()
     for part in selector.split(","):
-        first, dash, last = part.strip().partition("-") if part.strip()[:1] != "-" else (
-            part.strip(),
-            "",
-            "",
+        first, dash, last = (
+            part.strip().partition("-")
+            if part.strip()[:1] != "-"
+            else (
+                part.strip(),
+                "",
+                "",
+            )
         )
         try:
             low = int(first)

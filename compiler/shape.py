@@ -91,7 +91,7 @@ def shape_model(shape: Shape) -> Model:
     group = {"q": (shape.heads, shape.head_dim), "k": (shape.kv_heads, shape.head_dim)}
     group["v"] = (shape.kv_heads, shape.values)
     q, k, v = (
-        b.emit("input", name=name, type=TensorType("f32", ("B", heads, "T", width)))
+        b.input(name, TensorType("f32", ("B", heads, "T", width)))
         for name, (heads, width) in group.items()
     )
     store = Tokens(rest=Raw("f32"))
@@ -107,7 +107,7 @@ def shape_model(shape: Shape) -> Model:
         softcap=shape.softcap,
         window=shape.window,
     )
-    graph = b.graph((out,))
+    graph = b.finish((out,))
     name = f"shape-{shape.heads}x{shape.kv_heads}x{shape.head_dim}"
     return Model(
         name=name,

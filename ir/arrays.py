@@ -1,4 +1,4 @@
-"""Arrays and the three stored number types: f32, f16 and bf16 (whose bits NumPy keeps as uint16)."""
+"""Arrays, and the three stored number types: f32, f16, bf16 (its bits are kept as uint16)."""
 
 from __future__ import annotations
 

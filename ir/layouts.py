@@ -5,7 +5,7 @@ format's fields one after another, each at a multiple of 64 bytes, in this order
 
     codes      8 bit  u8[P, C]      byte j: channel j
                4 bit  u8[P, C / 2]  byte j: channel j in the low nibble, j + C/2 in the high one
-               2 bit  u8[P, C / 4]  byte j: channels j, j + C/4, j + C/2, j + 3C/4 at bits 0, 2, 4, 6
+               2 bit  u8[P, C / 4]  bits 2i, 2i+1 of byte j: channel j + i C/4
                3 bit  the low two bits of the codes as for 2 bit, then
     high       3 bit  u8[P, C / 8]  bit i of byte j: bit 2 of channel j + i C/8
     scale zero        [P / gt, C / gc] in the array type of `params`
@@ -153,10 +153,12 @@ class PageLayout:
             target[...] = planes[field.name]
 
     def read(self, page: Array, first_token: int, count: int) -> dict[str, Array]:
-        """Return the fields [..., H, count, ...] of tokens of pages uint8[..., page_bytes]; a copy."""
+        """Return a copy of the fields [..., H, count, ...] of pages uint8[..., page_bytes]."""
         self._check_tokens(first_token, count)
         planes = {
-            field.name: self._view(page, field)[..., self._rows(field, first_token, count), :].copy()
+            field.name: self._view(page, field)[
+                ..., self._rows(field, first_token, count), :
+            ].copy()
             for field in self.fields
         }
         return _from_planes(self.format, planes, self.channels)
@@ -279,7 +281,8 @@ def unpack_plane(packed: Array, bits: int) -> Array:
     per_byte = 8 // bits
     shifts = np.arange(per_byte, dtype=np.uint8)[:, None] * np.uint8(bits)
     chunks = (packed[..., None, :] >> shifts) & np.uint8(2**bits - 1)
-    return chunks.reshape(*packed.shape[:-1], per_byte * packed.shape[-1])
+    codes: Array = chunks.reshape(*packed.shape[:-1], per_byte * packed.shape[-1])
+    return codes
 
 
 def _to_planes(fmt: Format, fields: Mapping[str, Array]) -> dict[str, Array]:

@@ -83,6 +83,13 @@ class Scale:
     def __post_init__(self) -> None:
         """Refuse an empty name."""
         _check_name(self.values, "scale")
+        if not isinstance(self.inverse, bool):
+            raise KvantError(
+                "map-constant",
+                f"inverse is {self.inverse!r}",
+                where="scale",
+                fix="use true or false",
+            )
 
     def check(self, channels: int, where: str) -> None:
         """Accept any head width: the constant itself is checked when it is applied."""
@@ -114,7 +121,7 @@ def hadamard_transform(x: Array) -> Array:
     """Return the orthonormal Walsh-Hadamard transform of x over its last axis, in float64.
 
     Args:
-        x: shape [..., D], D a power of two. The order is Sylvester's: H[i, j] = (-1)^popcount(i & j).
+        x: shape [..., D], D a power of two. Sylvester's order: H[i, j] = (-1)^popcount(i & j).
 
     Raises: KvantError("hadamard-size") if D is not a power of two.
     """
@@ -127,7 +134,7 @@ def hadamard_transform(x: Array) -> Array:
         low, high = pairs[..., 0, :], pairs[..., 1, :]
         y = np.stack((low + high, low - high), axis=-2).reshape(x.shape)
         half *= 2
-    return y / np.sqrt(channels)
+    return np.asarray(y / np.sqrt(channels))
 
 
 def dual(m: Map) -> Map:

@@ -25,9 +25,8 @@ class TensorType:
         if self.dtype not in DTYPES:
             _refuse(f"no dtype {self.dtype!r}", str(self), "use one of: " + " ".join(DTYPES))
         for dim in self.shape:
-            if isinstance(dim, str) and _DIM.fullmatch(dim) or type(dim) is int and dim >= 0:
-                continue
-            _refuse(f"{dim!r} is no size", str(self), "use an int >= 0, a name or a sum of these")
+            if not (_DIM.fullmatch(dim) if isinstance(dim, str) else type(dim) is int and dim >= 0):
+                _refuse(f"{dim!r} is no size", str(self), "use an int >= 0, a name, or a sum")
 
     def __str__(self) -> str:
         return f"{self.dtype}[{', '.join(map(str, self.shape))}]"

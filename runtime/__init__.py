@@ -1,1 +1,17 @@
+"""What serves an artifact: loads and runs without any compiler."""
 
+from typing import TYPE_CHECKING, Any
+
+__all__ = ["load"]
+
+if TYPE_CHECKING:
+    from .artifact import load
+
+
+def __getattr__(name: str) -> Any:
+    """Import the reader on first use, so that importing this package costs next to nothing."""
+    if name != "load":
+        raise AttributeError(f"module 'kvant.runtime' has no attribute {name!r}")
+    from .artifact import load
+
+    return load

@@ -4,9 +4,10 @@ A torch tensor is known by the module of its class. Whoever hands one over has i
 it can be looked up in `sys.modules` when the result must be a torch tensor again.
 """
 
+import operator
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 from numpy.typing import NDArray
@@ -136,4 +137,59 @@ def read_integers(name: str, value: object, size: int) -> NDArray[np.int64]:
     if array.dtype.kind not in "iu":
         raise _wrong_dtype(name, array.dtype, "int64")
     check_shape(name, array.shape, (size,), where=name)
-    return array.astype(np.int64)
+    return np.asarray(array, np.int64).copy()
+
+
+def read_integer(name: str, value: object, least: int) -> int:
+    """Return an integer argument. Raises: KvantError "wrong-value" if it is none or too small."""
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
+        raise wrong_value(name, value, "an integer")
+    number = operator.index(value)
+    if number < least:
+        raise wrong_value(name, number, f"at least {least}")
+    return number
+
+
+def wrong_value(name: str, value: object, expected: str) -> KvantError:
+    """Return the refusal of an argument whose value is out of its range."""
+    return KvantError(
+        "wrong-value",
+        f"{name} is {value!r}, expected {expected}",
+        where=name,
+        fix=f"pass {name} within these limits",
+    )
+
+
+def check_finite(
+    name: str,
+    x: NDArray[np.float32],
+    first: NDArray[np.int64],
+    count: NDArray[np.int64],
+    where: str,
+) -> None:
+    """Refuse NaN and infinity in tokens [first, first + count) of each row, and say where one is.
+
+    Args:
+        name: "k" or "v", for the error.
+        x: f32[B, H, T, D].
+        first: int64[B].
+        count: int64[B].
+        where: layer and call, for the error.
+
+    Raises: KvantError "non-finite".
+    """
+    finite: NDArray[np.bool_] = np.isfinite(x)
+    if finite.all():
+        return
+    for row in range(len(x)):
+        begin = int(first[row])
+        bad = np.argwhere(~finite[row, :, begin : begin + int(count[row])])
+        if len(bad):
+            head, token, channel = (int(i) for i in bad[0])
+            raise KvantError(
+                "non-finite",
+                f"{name} holds {x[row, head, begin + token, channel]} in row {row}, head {head}, "
+                f"token {begin + token}, channel {channel}",
+                where=where,
+                fix="find out why the model gave such values; nothing was stored",
+            )

@@ -1,7 +1,7 @@
 """Encodings: how a stream's numbers are stored. One file a format family.
 
-Every format has `group_tokens`, `check(channels, where)`, `encode(x) -> fields`, `decode(fields)` and
-`roundtrip(x)`; fields are named arrays as a page holds them, except that codes are one a byte.
+Every format has `group_tokens`, `check(channels, where)`, `encode(x) -> fields`, `decode(fields)`
+and `roundtrip(x)`; fields are named arrays as a page holds them, except that codes are one a byte.
 """
 
 from .affine import Int

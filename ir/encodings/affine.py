@@ -2,15 +2,18 @@
 
 Per group of values x, with n = 2^bits - 1 and Q = 2^(bits-1) - 1 (all divisions in float64):
 
-    zero = float   s = (max - min) clip / n,  z = min clip;         c = [(x - z) / s],  x^ = c s + z
-    zero = int     min and max extended to hold 0; s as above;
-                   z = [-min clip / s] in 0..n;                     c = [x / s] + z,    x^ = (c - z) s
-    zero = none    s = max|x| clip / Q;           c = [x / s] in -Q..Q, plus 2^(bits-1); x^ = (c - 2^(bits-1)) s
+    zero = float   s = (max - min) clip / n     z = min clip
+                   c = [(x - z) / s]            x^ = c s + z
+    zero = int     s as above, with min and max extended to hold 0;  z = [-min clip / s] in 0..n
+                   c = [x / s] + z              x^ = (c - z) s
+    zero = none    s = max|x| clip / Q
+                   c = [x / s] + 2^(bits - 1)   x^ = (c - 2^(bits - 1)) s,    [x / s] in -Q..Q
 
 [.] rounds to nearest, ties to even, then clips to the legal codes. s and z are rounded to `params`
-BEFORE codes are made, so that the codes are the best for what is stored. A scale that rounds to zero
-(a constant group, or one whose range is under the smallest number of `params`) is stored as 1.
-Source: KIVI (zero = float), QServe and ZipCache (zero = int); `clip` is RotateKV's: it shrinks min and max.
+BEFORE codes are made: the codes are then the best ones for what is stored. A scale that rounds to
+zero (a constant group, or a range under the smallest number of `params`) is stored as 1.
+Source: KIVI (zero = float), QServe and ZipCache (zero = int); `clip` shrinks min and max, as in
+RotateKV.
 """
 
 from __future__ import annotations
@@ -30,8 +33,8 @@ from .raw import FLOAT_NAMES, check_choice, check_divides, check_integer, stored
 class Int:
     """Integer codes per group.
 
-    Fields of `encode`: "codes" u8 [..., T, C], one unsigned code a byte; "scale" and, unless zero is
-    "none", "zero", both [..., T / gt, C / gc] in the array type of `params` (bf16 as uint16 bits).
+    Fields of `encode`: "codes" u8 [..., T, C], one unsigned code a byte; "scale" and, unless zero
+    is "none", "zero", both [..., T / gt, C / gc] in the array type of `params` (bf16: its bits).
 
     Attributes:
         bits: 1..8 (layouts exist for 2, 3, 4, 8).
@@ -97,7 +100,10 @@ class Int:
         grouped = self._grouped(np.asarray(x, dtype=np.float64))
         # over: a range beyond float64 becomes Inf, which stored_finite refuses by name.
         with np.errstate(over="ignore", invalid="ignore"):
-            low, high = grouped.min(axis=(-3, -1)) * self.clip, grouped.max(axis=(-3, -1)) * self.clip
+            low, high = (
+                grouped.min(axis=(-3, -1)) * self.clip,
+                grouped.max(axis=(-3, -1)) * self.clip,
+            )
             if self.zero == "int":
                 low, high = np.minimum(low, 0.0), np.maximum(high, 0.0)
             steps = self.steps
@@ -121,7 +127,7 @@ class Int:
     @property
     def steps(self) -> int:
         """Steps between the ends of the range: n, or Q with zero = none."""
-        return 2 ** (self.bits - 1) - 1 if self.zero == "none" else 2**self.bits - 1
+        return (1 << self.bits - 1) - 1 if self.zero == "none" else (1 << self.bits) - 1
 
     def encode(self, x: Array) -> dict[str, Array]:
         """Return {"codes", "scale"[, "zero"]} of x [..., T, C]; raises as `codes_and_params`."""
@@ -156,7 +162,9 @@ class Int:
         return np.clip(codes, 0, 2**self.bits - 1).astype(np.uint8).reshape(x.shape)
 
     def _store(self, x: Array, name: str) -> tuple[Array, Array]:
-        return stored_finite(x, self.params, name, f"int(bits = {self.bits}, params = {self.params})")
+        return stored_finite(
+            x, self.params, name, f"int(bits = {self.bits}, params = {self.params})"
+        )
 
 
 def _one(params: str) -> Array:

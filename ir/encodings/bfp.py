@@ -2,9 +2,9 @@
 
     e = floor(log2 max|x|),   step = 2^(e - (p - 2)),   m = round(x / step) in +-(2^(p-1) - 1)
 
-BFP12 is p = 4, BFP16 is p = 8. Rounding is to nearest, ties to even. The exponent is kept as the byte
-e + 127, which is the exponent byte of max|x| in f32; byte 0 means that the block is all zeros, and holds
-for every block whose maximum is under 2^-126.
+BFP12 is p = 4, BFP16 is p = 8. Rounding is to nearest, ties to even. The exponent is kept as the
+byte e + 127, the exponent byte of max|x| in f32. Byte 0 says that the block is all zeros; a
+block whose maximum is under 2^-126 is stored so.
 Source: d-Matrix's BFP[p|8]{n}(SN), as used by "Accurate Block Quantization in LLMs with Outliers".
 """
 
@@ -26,7 +26,8 @@ BIAS = 127
 class Bfp:
     """Mantissas with a shared exponent.
 
-    Fields of `encode`: "codes" u8 [..., T, C] = m + 2^(mantissa - 1); "exponent" u8 [..., T, C / block].
+    Fields of `encode`: "codes" u8 [..., T, C] = m + 2^(mantissa - 1); "exponent" u8
+    [..., T, C / block].
 
     Attributes:
         mantissa: bits with the sign, 2..8 (BFP12: 4, BFP16: 8).
@@ -53,7 +54,7 @@ class Bfp:
     def encode(self, x: Array) -> dict[str, Array]:
         """Return {"codes", "exponent"} of x [..., T, C].
 
-        Raises: KvantError: "group-does-not-divide", "not-finite", "scale-overflow" (2^128 and above).
+        Raises: KvantError: "group-does-not-divide", "not-finite", "scale-overflow" (from 2^128 on).
         """
         blocks = self._blocks(np.asarray(x, dtype=np.float64))
         largest = np.abs(blocks).max(axis=-1)

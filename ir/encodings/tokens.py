@@ -14,6 +14,7 @@ from .bfp import Bfp
 from .raw import Raw, check_choice, check_integer
 
 Format = Raw | Int | Bfp
+F32 = Raw("f32")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +26,9 @@ class Tokens:
         flush = group   encoded_end = sink + floor(max(0, n - sink - recent) / g) g
         flush = block   encoded_end = sink + floor(max(0, n - sink) / recent) recent
 
-    "group" keeps at least `recent` tokens raw and encodes each group as soon as it is older; "block"
-    keeps fewer than `recent` and encodes all of them at once when there are `recent` (KIVI's keys).
+    "group" keeps at least `recent` tokens raw and encodes each group as soon as it is older;
+    "block" keeps fewer than `recent`, and encodes all of them at once when they are `recent`
+    (KIVI: keys).
 
     Attributes:
         rest: format of the encoded tokens.
@@ -40,7 +42,7 @@ class Tokens:
     sink: int = 0
     recent: int = 0
     flush: Literal["group", "block"] = "group"
-    raw: Raw = Raw("f32")
+    raw: Raw = F32
 
     def __post_init__(self) -> None:
         """Refuse fields out of range, and a block that is not whole groups."""

@@ -1,0 +1,286 @@
+"""Bind: a path or a torch module becomes a source of structure, weights, and runnable model.
+
+Three kinds: a Hugging Face folder (config.json and safetensors), a .gguf file, a torch module of
+transformers. Everything a user can get wrong about a model is refused here, by one KvantError.
+"""
+
+import copy
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..ir.errors import KvantError
+from .extras import find_packaged_smollm2, need
+from .weights import GgufWeights, ModuleWeights, SafetensorsWeights, Weights, unreadable
+
+__all__ = ["ModelSource", "find_packaged_smollm2", "need", "open_model"]
+
+
+@dataclass(slots=True)
+class ModelSource:
+    """A model that is open for compilation.
+
+    Attributes:
+        name: short, fit for a file name.
+        config: its transformers config.
+        kind: where it comes from.
+        path: folder or file; None for a torch module.
+    """
+
+    name: str
+    config: Any
+    kind: Literal["folder", "gguf", "module"]
+    path: Path | None
+    _weights: Weights
+    _module: Any = None  # the user's module, or the model on the meta device once built
+    _names: tuple[str, ...] | None = None
+
+    def structure(self) -> Any:
+        """Return a torch model to look at: on the meta device, or the user's own module.
+
+        Raises: KvantError ("unsupported-architecture") if it is no causal language model.
+        """
+        if self._module is None:
+            self._module = _on_meta(self.config, self.name)
+        return self._module
+
+    def names(self) -> tuple[str, ...]:
+        """Return the names of all stored parameters, as in transformers, in the model's order."""
+        if self._names is None:
+            params = (name for name, _ in self.structure().named_parameters())
+            self._names = tuple(name for name in params if self._weights.key(name) is not None)
+        return self._names
+
+    def weight(self, name: str) -> NDArray[np.float32]:
+        """Return one parameter in f32, by its name in transformers.
+
+        Raises: KvantError "unknown-tensor", or "model-unreadable" if the file is damaged there.
+        """
+        key = self._weights.key(name)
+        if key is not None:
+            return self._weights.read(key)
+        near = difflib.get_close_matches(name, self.names(), 3, 0.6)
+        raise KvantError(
+            "unknown-tensor",
+            f"there is no parameter {name!r}",
+            where=self.name,
+            fix=f"use one of: {', '.join(near)}" if near else "list them with .names()",
+        )
+
+    def load(self, dtype: str = "float32") -> Any:
+        """Return the model in memory, on the CPU, in evaluation mode; each call a new one.
+
+        Args:
+            dtype: "float32", "bfloat16" or "float16".
+
+        Raises: KvantError ("model-unreadable") for whatever transformers says about the files.
+        """
+        torch = need("torch", "transformers", "accelerate")
+        kind = getattr(torch, dtype)
+        if self.path is None:
+            return copy.deepcopy(self._module).to(device="cpu", dtype=kind).eval()
+        from transformers import AutoModelForCausalLM
+
+        folder, options = _pretrained(self.path)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=kind, local_files_only=True, **options
+            )
+        except Exception as error:
+            raise unreadable(self.path, error) from error
+        if self.kind == "gguf":  # dequantized: the rest of the library must not take it as packed
+            model.hf_quantizer = None
+            vars(model.config).pop("quantization_config", None)
+        return model.eval()
+
+    def tokenizer(self) -> Any:
+        """Return the tokenizer. Raises: KvantError ("no-tokenizer")."""
+        need("torch", "transformers")
+        from transformers import AutoTokenizer
+
+        try:
+            if self.path is None:
+                raise ValueError("a torch module has none")
+            folder, options = _pretrained(self.path)
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True, **options)
+        except Exception as error:
+            raise KvantError(
+                "no-tokenizer",
+                f"{self.name} has no tokenizer that can be read: {str(error).splitlines()[0]}",
+                where=str(self.path or "the torch module"),
+                fix="give a folder that holds tokenizer.json, or a .gguf file",
+            ) from error
+
+
+def open_model(model: Any) -> ModelSource:
+    """Open a Hugging Face folder, a .gguf file or a torch module of transformers. Weights stay put.
+
+    Raises: KvantError "model-missing", "model-unreadable", "pickle-weights", "shards-missing",
+        "unsupported-architecture", "quantized-weights", "adapted-weights", "offloaded-weights",
+        "unsupported-model" or "missing-extra".
+    """
+    if hasattr(model, "named_parameters"):
+        return _open_module(model)
+    if not isinstance(model, str | Path):
+        raise KvantError(
+            "unsupported-model",
+            f"a {type(model).__name__} is not a model",
+            where="the model argument",
+            fix="give a Hugging Face folder, a .gguf file or a transformers model",
+        )
+    path = Path(model).expanduser()
+    if not path.exists():
+        raise KvantError(
+            "model-missing",
+            f"there is no file or folder {str(model)!r}",
+            where="the model argument",
+            fix="give a path that exists; kvant downloads nothing (for a model of the hub: "
+            "hf download NAME --local-dir FOLDER)",
+        )
+    return _open_folder(path) if path.is_dir() else _open_gguf(path)
+
+
+def _open_folder(path: Path) -> ModelSource:
+    need("torch", "transformers", "safetensors")
+    if not (path / "config.json").is_file():
+        raise KvantError(
+            "model-missing",
+            "the folder has no config.json",
+            where=str(path),
+            fix="give the folder that a model was saved to, or a .gguf file",
+        )
+    if (path / "adapter_config.json").exists():
+        raise _adapted("adapter_config.json is a LoRA adapter", str(path))
+    config = _config(path)
+    quantized = getattr(config, "quantization_config", None)
+    if quantized:
+        as_dict = quantized if isinstance(quantized, dict) else quantized.to_dict()
+        method = as_dict.get("quant_method", "unknown method")
+        raise _quantized(f"the checkpoint is quantized ({method})", str(path))
+    weights = SafetensorsWeights(path)
+    return ModelSource(path.resolve().name, config, "folder", path, weights)
+
+
+def _open_gguf(path: Path) -> ModelSource:
+    need("torch", "transformers", "gguf", "accelerate")
+    if path.suffix in (".bin", ".pt", ".pth", ".safetensors"):
+        raise unreadable(path, "weights alone are not a model; give the folder with config.json")
+    weights = GgufWeights(path)
+    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
+
+    if weights.architecture not in GGUF_SUPPORTED_ARCHITECTURES:
+        raise KvantError(
+            "unsupported-architecture",
+            f"transformers cannot load GGUF files of architecture {weights.architecture!r}",
+            where=str(path),
+            fix="give the model as a Hugging Face folder, or one of: "
+            + ", ".join(sorted(GGUF_SUPPORTED_ARCHITECTURES)),
+        )
+    config = _config(path)
+    weights.prepare(config)
+    return ModelSource(path.stem, config, "gguf", path, weights)
+
+
+def _open_module(module: Any) -> ModelSource:
+    config = getattr(module, "config", None)
+    if config is None or not hasattr(config, "get_text_config"):
+        raise KvantError(
+            "unsupported-model",
+            f"{type(module).__name__} has no transformers config",
+            where="the model argument",
+            fix="give a transformers model, such as AutoModelForCausalLM.from_pretrained(...)",
+        )
+    need("torch", "transformers")
+    from .capture import attention_modules
+
+    for prefix, attention in attention_modules(module):
+        _check_projections(prefix, attention)
+    name = Path(getattr(config, "_name_or_path", "") or type(module).__name__).name
+    return ModelSource(name, config, "module", None, ModuleWeights(module), module)
+
+
+def _check_projections(prefix: str, attention: Any) -> None:
+    """Refuse projections whose numbers are not simply there, in a Linear or a Conv1D."""
+    torch = need("torch", "transformers")
+    from transformers.pytorch_utils import Conv1D
+
+    for name, part in attention.named_modules():
+        full, kind = prefix + name, type(part)
+        if hasattr(part, "base_layer") or any(n.startswith("lora_") for n, _ in part.named_children()):
+            raise _adapted(f"{full} is a {kind.__name__} with an adapter", full)
+        for own, param in part.named_parameters(recurse=False):
+            if param.is_meta:
+                raise KvantError(
+                    "offloaded-weights",
+                    f"{full}.{own} is on the meta device: its values are elsewhere",
+                    where=full,
+                    fix="load the model without device_map offloading",
+                )
+            plain = param.dim() < 2 or kind in (torch.nn.Linear, Conv1D)
+            if not (plain and type(param) is torch.nn.Parameter and param.is_floating_point()):
+                raise _quantized(f"{full} is a {kind.__name__} of {param.dtype}", full)
+        if part.__dict__.get("qweight") is not None or "qweight" in dict(part.named_buffers()):
+            raise _quantized(f"{full} is a {kind.__name__}", full)
+
+
+def _quantized(what: str, where: str) -> KvantError:
+    return KvantError(
+        "quantized-weights",
+        f"{what}; kvant rewrites projections and needs them in floating point",
+        where=where,
+        fix="give the model before its weights were quantized, or a .gguf file",
+    )
+
+
+def _adapted(what: str, where: str) -> KvantError:
+    return KvantError(
+        "adapted-weights",
+        f"{what}; kvant rewrites projections and cannot see through an adapter",
+        where=where,
+        fix="merge it first: model.merge_and_unload().save_pretrained(FOLDER)",
+    )
+
+
+def _pretrained(path: Path) -> tuple[Path, dict[str, Any]]:
+    """Return the folder and the options by which transformers finds a model."""
+    return (path, {}) if path.is_dir() else (path.parent, {"gguf_file": path.name})
+
+
+def _config(path: Path) -> Any:
+    from transformers import AutoConfig
+
+    folder, options = _pretrained(path)
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, **options)
+    except ValueError as error:
+        if "model type" not in str(error):
+            raise unreadable(path, error) from error
+        raise _unsupported(str(error).splitlines()[0], str(path)) from error
+    except Exception as error:
+        raise unreadable(path, error) from error
+
+
+def _on_meta(config: Any, where: str) -> Any:
+    """Build the model of a config on the meta device: all its shapes, none of its numbers."""
+    torch = need("torch", "transformers")
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
+    except Exception as error:
+        raise _unsupported(str(error).splitlines()[0], where) from error
+    return model.eval()
+
+
+def _unsupported(why: str, where: str) -> KvantError:
+    return KvantError(
+        "unsupported-architecture",
+        f"transformers cannot build this model as a causal language model: {why}",
+        where=where,
+        fix="give a decoder-only language model, or install the transformers release that knows it",
+    )

@@ -1,0 +1,127 @@
+"""The meaning of attention over a cache, in float64. Every kernel is compared with this.
+
+    s[i, j] = cap(scale <q_i, k_j>),    cap(s) = softcap tanh(s / softcap), or s
+    out_i   = sum_j softmax_j(s[i, j]) v_j        over the keys j that query i sees
+    lse_i   = log sum_j exp(s[i, j])
+
+In a row of n valid tokens the Tq queries are its last positions, p_i = n - Tq + i. Query i sees key
+j if 0 <= j < n, j <= p_i (causal) and j > p_i - window. A query before the row's first token
+(p_i < 0) sees nothing. Query head h reads kv head h // (Hq / H).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .arrays import Array
+from .errors import KvantError
+
+
+def attend(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    lengths: Array,
+    scale: float,
+    causal: bool = True,
+    softcap: float | None = None,
+    window: int | None = None,
+) -> tuple[Array, Array]:
+    """Return attention's output and the log of the sum of exponentials.
+
+    Args:
+        q: [B, Hq, Tq, D]; the last Tq positions of each row.
+        k: [B, H, N, D]; key j of a row is at position j. What lies at lengths[b] and beyond is
+            never read, NaN included.
+        v: [B, H, N, Dv].
+        lengths: int64[B], valid keys of each row, 0..N.
+        scale: factor on the dot products.
+        causal: whether a query sees only keys up to its own position.
+        softcap: bound of the scores, or None.
+        window: keys that a query sees, itself included, or None for all.
+
+    Returns: out [B, Hq, Tq, Dv] and lse [B, Hq, Tq], float64. A query that sees no key gives zeros
+        and -inf.
+    Raises: KvantError("attend-shape") if the shapes or lengths do not fit.
+    """
+    lengths = np.asarray(lengths, dtype=np.int64)
+    _check_shapes(q, k, v, lengths)
+    batch, heads, keys, _ = k.shape
+    q_heads, queries = q.shape[1:3]
+    valid = np.arange(keys) < lengths[:, None]
+    # Multiplying by a zero probability would keep a NaN, so what is not valid is replaced.
+    k_valid = np.where(valid[:, None, :, None], k, 0.0).astype(np.float64)
+    v_valid = np.where(valid[:, None, :, None], v, 0.0).astype(np.float64)
+    grouped = np.asarray(q, dtype=np.float64).reshape(batch, heads, -1, queries, q.shape[-1])
+    scores = scale * (grouped @ k_valid[:, :, None].swapaxes(-1, -2))
+    if softcap is not None:
+        scores = softcap * np.tanh(scores / softcap)
+    seen = visible(lengths, queries, keys, causal=causal, window=window)
+    scores = np.where(seen[:, None, None], scores, -np.inf)
+    top = scores.max(axis=-1, keepdims=True, initial=-np.inf)
+    # A row without keys has top = -inf; -inf - (-inf) would be NaN.
+    weights = np.exp(scores - np.where(np.isneginf(top), 0.0, top))
+    total = weights.sum(axis=-1, keepdims=True)
+    with np.errstate(divide="ignore"):
+        lse = np.where(total > 0.0, top + np.log(total), -np.inf)
+    out = (weights / np.where(total > 0.0, total, 1.0)) @ v_valid[:, :, None]
+    shape = (batch, q_heads, queries)
+    return out.reshape(*shape, v.shape[-1]), lse.reshape(shape)
+
+
+def visible(
+    lengths: Array, queries: int, keys: int, *, causal: bool = True, window: int | None = None
+) -> Array:
+    """Return which keys each query sees, bool [B, Tq, N]; see the head of this file."""
+    position = lengths[:, None, None] - queries + np.arange(queries)[:, None]
+    key = np.arange(keys)
+    seen = (key < lengths[:, None, None]) & (position >= 0)
+    if causal:
+        seen = seen & (key <= position)
+    if window is not None:
+        seen = seen & (key > position - window)
+    return np.asarray(seen)
+
+
+def round_queries(q: Array, bits: int) -> Array:
+    """Return q as a plan with integer arithmetic reads it: rounded per (row, head, query).
+
+        s = max|q| / (2^(bits - 1) - 1),    q^ = s round(q / s),    0 where q is all zero
+
+    Args:
+        q: [..., D], finite.
+        bits: of the integers with the sign, at least 2.
+
+    Returns: float64, the shape of q.
+    """
+    x = np.asarray(q, dtype=np.float64)
+    step = np.abs(x).max(axis=-1, keepdims=True) / (2 ** (bits - 1) - 1)
+    safe = np.where(step > 0.0, step, 1.0)
+    return np.asarray(np.rint(x / safe) * step)
+
+
+def _check_shapes(q: Array, k: Array, v: Array, lengths: Array) -> None:
+    """Refuse shapes that do not make one attention."""
+    shapes = f"q {q.shape}, k {k.shape}, v {v.shape}, lengths {lengths.shape}"
+    fits = (
+        q.ndim == k.ndim == v.ndim == 4
+        and k.shape[:3] == v.shape[:3]
+        and q.shape[0] == k.shape[0]
+        and q.shape[3] == k.shape[3]
+        and lengths.shape == k.shape[:1]
+    )
+    if not fits or q.shape[1] % k.shape[1]:
+        raise KvantError(
+            "attend-shape",
+            shapes,
+            where="attend",
+            fix="pass q [B, Hq, Tq, D], k [B, H, N, D], v [B, H, N, Dv], lengths [B]; H divides Hq",
+        )
+    if ((lengths < 0) | (lengths > k.shape[2])).any():
+        raise KvantError(
+            "attend-shape",
+            f"lengths {lengths.tolist()} with {k.shape[2]} keys",
+            where="attend",
+            fix=f"pass lengths from 0 to {k.shape[2]}",
+        )

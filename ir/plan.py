@@ -1,0 +1,364 @@
+"""What runtime and targets need to know of one attention structure, read off its rewritten graph.
+
+Where each part comes from:
+
+what stands between projection or RoPE and cache_write   online maps of the stream (append)
+what stands before attend's q                             q_maps (prepare)
+what stands after attend                                  out_maps (on the output)
+cache_write's `store`                                     tokens, formats, windows
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from math import ceil
+from typing import Any, Literal
+
+from .arrays import Array
+from .attention import round_queries
+from .encodings import Bfp, Int, Raw, Tokens
+from .encodings.raw import check_choice, check_integer
+from .errors import KvantError
+from .graph import Graph, Op, Value
+from .layouts import PageLayout, page_tokens
+from .maps import Gather, Hadamard, Map, Scale
+from .types import TensorType
+
+TABLE_BYTES = 8
+# Bits of the integer queries for each code width: the products of a dot then fit 32 bits.
+QUERY_BITS = {4: 8, 8: 16}
+MAP_OPS = ("hadamard", "gather", "scale")
+
+
+@dataclass(frozen=True, slots=True)
+class StreamPlan:
+    """How one role of a layer is stored.
+
+    Attributes:
+        role: "k" or "v".
+        heads: KV heads.
+        channels: channels of a head.
+        maps: applied online at append, first one first; constants are [heads, channels].
+        tokens: which token is stored how.
+        page_tokens: tokens of a page.
+    """
+
+    role: str
+    heads: int
+    channels: int
+    maps: tuple[Map, ...]
+    tokens: Tokens
+    page_tokens: int
+
+    def __post_init__(self) -> None:
+        """Refuse a plan whose parts do not fit one another."""
+        where = f"stream {self.role}"
+        check_choice(where, "role", self.role, ("k", "v"))
+        for name in ("heads", "channels", "page_tokens"):
+            check_integer(where, name, getattr(self, name), 1)
+        _check_records(where, "tokens", (self.tokens,), Tokens)
+        _check_maps(where, self.maps, self.channels)
+        self.tokens.check(self.channels, where)
+        if self.page_tokens % self.tokens.group_tokens:
+            raise KvantError(
+                "group-does-not-divide",
+                f"groups of {self.tokens.group_tokens} do not divide pages of {self.page_tokens}",
+                where=where,
+                fix=f"use pages of {page_tokens(self.tokens.rest)} tokens",
+            )
+
+    def page_layout(self) -> PageLayout:
+        """Return the bytes of a page. Raises: KvantError if no layout holds the format."""
+        return PageLayout(self.page_tokens, self.heads, self.channels, self.tokens.rest)
+
+    def bytes(self, length: int) -> int:
+        """Return the bytes in use of a batch-1 cache of `length` tokens, all that is due encoded.
+
+        Sink and tail tokens in their raw type, whole pages in use, 8 bytes of table a page.
+        """
+        end = self.tokens.encoded_end(length)
+        raw_tokens = min(length, self.tokens.sink) + max(0, length - end)
+        raw_bytes = raw_tokens * self.heads * self.channels * self.tokens.raw.itemsize
+        pages = ceil((end - self.tokens.sink) / self.page_tokens)
+        return raw_bytes + pages * (self.page_layout().page_bytes + TABLE_BYTES)
+
+    def bits_per_element(self, length: int) -> float:
+        """Return the stored bits for each number of a cache of `length` tokens; 0 for none."""
+        elements = length * self.heads * self.channels
+        return 8.0 * self.bytes(length) / elements if elements else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionPlan:
+    """One attention structure: what is stored, and what attend computes.
+
+    Attributes:
+        q_heads: query heads; a multiple of the KV heads.
+        scale: factor on the dot products.
+        softcap: bound of the scores, or None.
+        window: keys that a query sees, or None for all.
+        q_maps: applied to q online, with `repeat` = q_heads / heads.
+        k: the key stream.
+        v: the value stream.
+        out_maps: applied to the output online, with the same `repeat`; usually none.
+        compute: "float", or "int": q is rounded per (query, head) to 8 bits for 4-bit keys, and to
+            16 bits for 8-bit keys.
+    """
+
+    q_heads: int
+    scale: float
+    softcap: float | None
+    window: int | None
+    q_maps: tuple[Map, ...]
+    k: StreamPlan
+    v: StreamPlan
+    out_maps: tuple[Map, ...]
+    compute: Literal["float", "int"] = "float"
+
+    def __post_init__(self) -> None:
+        """Refuse a plan whose parts do not fit one another."""
+        where = "attention plan"
+        check_integer(where, "q_heads", self.q_heads, 1)
+        _check_records(where, "k and v", (self.k, self.v), StreamPlan)
+        _check_number(where, "scale", self.scale)
+        if self.softcap is not None:
+            _check_number(where, "softcap", self.softcap)
+        if self.window is not None:
+            check_integer(where, "window", self.window, 1)
+        _check_maps(where, self.q_maps, self.k.channels)
+        _check_maps(where, self.out_maps, self.v.channels)
+        self._check_heads(where)
+        check_choice(where, "compute", self.compute, ("float", "int"))
+        if self.compute == "int" and self.query_bits is None:
+            raise KvantError(
+                "integer-compute",
+                f"compute = int with keys stored as {self.k.tokens.rest}",
+                where=where,
+                fix="store keys as int, axis = token, with 4 or 8 bits, or use compute = float",
+            )
+
+    @property
+    def group(self) -> int:
+        """Query heads that read one KV head; query head h reads h // group."""
+        return self.q_heads // self.k.heads
+
+    @property
+    def query_bits(self) -> int | None:
+        """Bits of q under compute = int, or None where q stays float."""
+        rest = self.k.tokens.rest
+        if self.compute == "float" or not isinstance(rest, Int) or rest.axis != "token":
+            return None
+        return QUERY_BITS.get(rest.bits)
+
+    def read_queries(self, q: Array) -> Array:
+        """Return mapped queries [B, Hq, Tq, D] as attend reads them, rounded or not."""
+        return q if self.query_bits is None else round_queries(q, self.query_bits)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plan as JSON objects, each with its "kind"."""
+        written = _to_json(self)
+        return dict(written)
+
+    @staticmethod
+    def from_json(value: object, where: str = "plan.json") -> AttentionPlan:
+        """Read what `to_json` gave, or its text.
+
+        Raises: KvantError("bad-plan") for an unknown or missing key; for a wrong value, that or
+            what its record raises.
+        """
+        plan = _from_json(_parsed(value, where), where)
+        _check_records(where, "the plan", (plan,), AttentionPlan)
+        return plan  # type: ignore[no-any-return]
+
+    def _check_heads(self, where: str) -> None:
+        roles = (self.k.role, self.v.role)
+        if self.k.heads != self.v.heads or self.q_heads % self.k.heads or roles != ("k", "v"):
+            raise KvantError(
+                "bad-plan",
+                f"{self.q_heads} query heads, {self.k.heads} heads of {self.k.role}, "
+                f"{self.v.heads} of {self.v.role}",
+                where=where,
+                fix="use as many k as v heads, and a number of query heads that they divide",
+            )
+
+
+KINDS: dict[str, type[Any]] = {
+    "attention": AttentionPlan,
+    "stream": StreamPlan,
+    "tokens": Tokens,
+    "raw": Raw,
+    "int": Int,
+    "bfp": Bfp,
+    "hadamard": Hadamard,
+    "gather": Gather,
+    "scale": Scale,
+}
+KIND_OF = {cls: kind for kind, cls in KINDS.items()}
+
+
+def _parsed(value: object, where: str) -> object:
+    if not isinstance(value, str | bytes):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise _bad_plan(f"no JSON: {error}", where) from error
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_to_json(item) for item in value]
+    if type(value) not in KIND_OF:
+        return value
+    fields = {f.name: _to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    return {"kind": KIND_OF[type(value)], **fields}
+
+
+def _from_json(value: Any, where: str) -> Any:
+    if isinstance(value, list):
+        return tuple(_from_json(item, f"{where}[{i}]") for i, item in enumerate(value))
+    if not isinstance(value, dict):
+        return value
+    kind = value.get("kind")
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise _bad_plan(f"kind is {kind!r}; there are: {', '.join(KINDS)}", where)
+    names = [f.name for f in dataclasses.fields(KINDS[kind])]
+    unknown = sorted(set(value) - {"kind", *names})
+    missing = [name for name in names if name not in value]
+    if unknown or missing:
+        raise _bad_plan(f"{kind}: unknown keys {unknown}, missing keys {missing}", where)
+    return KINDS[kind](**{name: _from_json(value[name], f"{where}.{name}") for name in names})
+
+
+def _bad_plan(what: str, where: str) -> KvantError:
+    fix = "compile the artifact again; this file is written by kvant alone"
+    return KvantError("bad-plan", what, where=where, fix=fix)
+
+
+def _check_records(where: str, name: str, values: tuple[object, ...], cls: type[Any]) -> None:
+    if not all(isinstance(value, cls) for value in values):
+        raise _bad_plan(f"{name}: {values!r} where {KIND_OF[cls]} should be", where)
+
+
+def _check_number(where: str, name: str, value: object) -> None:
+    if not isinstance(value, float) or not 0.0 < value < float("inf"):
+        raise _bad_plan(f"{name} is {value!r}, not a positive number", where)
+
+
+def _check_maps(where: str, maps: object, channels: int) -> None:
+    if not isinstance(maps, tuple) or not all(
+        isinstance(m, Hadamard | Gather | Scale) for m in maps
+    ):
+        raise _bad_plan(f"maps are {maps!r}", where)
+    for m in maps:
+        m.check(channels, where)
+
+
+def plan_from_graph(graph: Graph, compute: Literal["float", "int"] = "float") -> AttentionPlan:
+    """Return the plan of a graph with one attention site.
+
+    Args:
+        graph: verified and rewritten; every cache_write has its final `store`.
+        compute: arithmetic of attend, see `AttentionPlan`.
+
+    Raises: KvantError("no-attention-site", "unsupported-attention", "basis-disagrees") where the
+        runtime cannot serve the graph, and what the records of the plan raise.
+    """
+    sites = graph.find("attend")
+    if len(sites) != 1:
+        raise KvantError(
+            "no-attention-site",
+            f"{len(sites)} attend operations",
+            where=f"graph @{graph.name}",
+            fix="pass a graph with exactly one",
+        )
+    site = sites[0]
+    if site.attr("causal") is not True:
+        raise _unsupported(graph, "attention that is not causal", "only causal attention is cached")
+    q, k_read, v_read = site.args[:3]
+    k, v = _stream(graph, k_read, "k"), _stream(graph, v_read, "v")
+    q_heads, _ = _head_shape(graph, q)
+    repeat = q_heads // k.heads
+    softcap, window = site.attr("softcap"), site.attr("window")
+    return AttentionPlan(
+        q_heads=q_heads,
+        scale=site.attr_as("scale", float),
+        softcap=None if softcap is None else site.attr_as("softcap", float),
+        window=None if window is None else site.attr_as("window", int),
+        q_maps=_maps_before(graph, q, repeat),
+        k=k,
+        v=v,
+        out_maps=_maps_after(graph, site.result, repeat),
+        compute=compute,
+    )
+
+
+def _stream(graph: Graph, read: Value, role: str) -> StreamPlan:
+    """Return the stream that attend reads through `read`."""
+    reader = graph.producer(read)
+    if reader.name != "cache_read":
+        what = f"{reader.name} between cache_read and attend, on {role}"
+        raise _unsupported(graph, what, "move the map to q (for k) or to the output (for v)")
+    writer = graph.producer(reader.args[0])
+    if writer.name != "cache_write" or writer.attr("role") != role:
+        raise _unsupported(graph, f"{read} is not read from cache[{role}]", "write the role first")
+    heads, channels = _head_shape(graph, writer.args[0])
+    maps = _maps_before(graph, writer.args[0], 1)
+    basis = writer.attr_as("basis", tuple)
+    # Folded maps stand before the online ones: they are nearer to the weights.
+    if maps and basis[-len(maps) :] != maps:
+        raise KvantError(
+            "basis-disagrees",
+            f"cache[{role}] has the basis {basis}, but {maps} are applied to it",
+            where=f"graph @{graph.name}: {writer.result}",
+            fix="a pass that maps a stream must add the same map to its basis",
+        )
+    tokens = writer.attr_as("store", Tokens)
+    return StreamPlan(role, heads, channels, maps, tokens, page_tokens(tokens.rest))
+
+
+def _head_shape(graph: Graph, value: Value) -> tuple[int, int]:
+    """Return (heads, channels) of a value [B, H, T, D]."""
+    shape = value.type.shape if isinstance(value.type, TensorType) else ()
+    if len(shape) != 4 or not isinstance(shape[1], int) or not isinstance(shape[3], int):
+        fix = "heads and channels are axes 1 and 3, known numbers"
+        raise _unsupported(graph, f"{value} has the type {value.type}", fix)
+    return shape[1], shape[3]
+
+
+def _maps_before(graph: Graph, value: Value, repeat: int) -> tuple[Map, ...]:
+    """Return the maps that end in `value`, first one first."""
+    maps: list[Map] = []
+    op = graph.producer(value)
+    while op.name in MAP_OPS:
+        maps.append(_map(graph, op, repeat))
+        op = graph.producer(op.args[0])
+    return tuple(reversed(maps))
+
+
+def _maps_after(graph: Graph, value: Value, repeat: int) -> tuple[Map, ...]:
+    """Return the maps that begin at `value`, first one first."""
+    maps: list[Map] = []
+    users = graph.users(value)
+    while len(users) == 1 and users[0].name in MAP_OPS:
+        maps.append(_map(graph, users[0], repeat))
+        users = graph.users(users[0].result)
+    return tuple(maps)
+
+
+def _map(graph: Graph, op: Op, repeat: int) -> Map:
+    """Return a map operation as a map."""
+    if op.name == "hadamard":
+        return Hadamard(_head_shape(graph, op.args[0])[1])
+    constant = graph.producer(op.args[1])
+    if constant.name != "param" or op.attr("repeat") != repeat:
+        what = f"{op.name} by {constant.name} with repeat {op.attr('repeat')}"
+        raise _unsupported(graph, what, f"use a parameter, and repeat {repeat}")
+    name = constant.attr_as("name", str)
+    return Gather(name) if op.name == "gather" else Scale(name, op.attr_as("inverse", bool))
+
+
+def _unsupported(graph: Graph, what: str, fix: str) -> KvantError:
+    return KvantError("unsupported-attention", what, where=f"graph @{graph.name}", fix=fix)

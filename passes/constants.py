@@ -1,0 +1,171 @@
+"""What the makers of constants share: sizes of channels, in the basis before the pass; and checks.
+
+Statistics and weights are the original model's. A constant made for the second pass of a recipe must see
+what the first pass did: weights are read through the weight ops of the graph, statistics through the maps
+of the basis. Earlier constants are looked up in `weights` under their own names, `kvant.<something>`.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from ..ir.arrays import Array
+from ..ir.errors import KvantError
+from ..ir.evaluate import evaluate
+from ..ir.graph import Graph, Op, Value
+from ..ir.maps import Hadamard, apply
+from ..ir.rewrite import dead_code
+from ..ir.stats import LayerStats
+from .sites import Path, Site, basis_of, find_site, is_weight
+
+
+def need_site(graph: Graph) -> Site:
+    """Return the attention site. Raises: KvantError ("no-attention-site") if there is none."""
+    site = find_site(graph)
+    if site is not None:
+        return site
+    raise KvantError(
+        "no-attention-site",
+        "constants were asked for, but the graph has no attend op",
+        where=f"graph @{graph.name}",
+        fix="make constants only for graphs that the pass changed",
+    )
+
+
+def need_stats(stats: LayerStats | None, name: str) -> LayerStats:
+    """Return statistics that must be there. Raises: KvantError ("needs-stats")."""
+    if stats is not None:
+        return stats
+    raise KvantError(
+        "needs-stats",
+        f"{name} is calibrated, and there are no statistics",
+        where=f"pass {name}",
+        fix="compile a model with weights, or leave the pass out",
+    )
+
+
+def check_word(name: str, option: str, value: object, known: Sequence[str]) -> None:
+    """Refuse an option that is not one of the known words. Raises: KvantError ("bad-option")."""
+    if value not in known:
+        raise KvantError(
+            "bad-option",
+            f"{option} is {value!r}",
+            where=f"pass {name}",
+            fix=f"use one of: {' '.join(known)}",
+        )
+
+
+def weight_value(graph: Graph, value: Value, weights: Mapping[str, Array]) -> Array:
+    """Return what a weight value is after all weight ops on it, in float64.
+
+    Raises: KvantError ("needs-weights") that names a parameter which is not among `weights`.
+    """
+    part = dead_code(Graph(graph.name, graph.ops, (value,)))
+    names = part.params()
+    for name in names:
+        if name not in weights:
+            raise KvantError(
+                "needs-weights",
+                f"there is no array for parameter {name}",
+                where=f"graph @{graph.name}: {value}",
+                fix="pass the layer's weights together with the constants of earlier passes",
+            )
+    only = Graph(graph.name, tuple(op for op in part.ops if op.name != "input"), (value,))
+    (made,), _ = evaluate(only, {}, {name: weights[name] for name in names})
+    return made
+
+
+def row_norms(graph: Graph, path: Path, weights: Mapping[str, Array]) -> Array:
+    """Return sqrt(|w_r|^2 + b_r^2) of the rows r that make each channel, times |norm weight|, [H, D].
+
+    Raises: KvantError ("no-projection" if the stream comes from outside; "rotated-basis").
+    """
+    maps = [op for op in path.online if op.name == "hadamard"]
+    if maps:
+        raise _rotated(path)
+    total, gain = np.zeros(path.heads * path.width), np.ones((path.heads, path.width))
+    linears = [op for op in path.source if op.name == "linear"]
+    if not linears:
+        raise KvantError(
+            "no-projection",
+            f"the {path.role} stream has no projection whose rows could be measured",
+            where=f"graph @{graph.name}",
+            fix="use key = \"rms\" with a model, or leave the pass out",
+        )
+    for op in path.source:
+        for arg in (a for a in op.args if is_weight(graph, a)):
+            array = weight_value(graph, arg, weights)
+            if op.name == "rms_norm":
+                flat = array.size == total.size
+                array = array.reshape(gain.shape) if flat else array
+                gain = gain * np.abs(array + op.attr_as("offset", float))
+            else:
+                total += (array**2).sum(axis=1) if array.ndim == 2 else array**2
+    return _online(path, np.sqrt(total).reshape(gain.shape) * gain, graph, weights)
+
+
+def absmax(path: Path, write: Op, stats: LayerStats, constants: Mapping[str, Array]) -> Array:
+    """Return the largest |x| per head and channel of k or v, [H, D], in the basis of the stream."""
+    return _in_basis(path, write, stats.k_absmax if path.role == "k" else stats.v_absmax, constants)
+
+
+def second_moment(path: Path, write: Op, stats: LayerStats, constants: Mapping[str, Array]) -> Array:
+    """Return sqrt(E[x^2]) per head and channel of k or v, [H, D], in the basis of the stream."""
+    is_key = path.role == "k"
+    moment = stats.k_second_moment if is_key else stats.v_second_moment
+    return _in_basis(path, write, np.sqrt(np.asarray(moment, np.float64)), constants)
+
+
+def named_array(name: str, constants: Mapping[str, Array], shape: tuple[int, ...]) -> Array:
+    """Return a constant of the right shape. Raises: KvantError ("bad-constant")."""
+    if name not in constants:
+        raise bad_constant(name, "it is missing", "make it with the pass's `constants`")
+    array = np.asarray(constants[name])
+    if array.shape != shape:
+        raise bad_constant(name, f"its shape is {array.shape}", f"use {shape}: heads, channels")
+    return array
+
+
+def check_order(name: str, constants: Mapping[str, Array], heads: int, width: int) -> None:
+    """Refuse an order whose rows are not permutations. Raises: KvantError ("bad-constant")."""
+    order = named_array(name, constants, (heads, width))
+    if not np.issubdtype(order.dtype, np.integer):
+        raise bad_constant(name, f"its type is {order.dtype}", "use integers")
+    for head, row in enumerate(order):
+        if not np.array_equal(np.sort(row), np.arange(width)):
+            what = f"the row of head {head} is no permutation of 0..{width - 1}"
+            raise bad_constant(name, what, "name every channel once per head")
+
+
+def bad_constant(name: str, what: str, fix: str) -> KvantError:
+    """Return the refusal of a constant."""
+    return KvantError("bad-constant", f"constant {name}: {what}", where=name, fix=fix)
+
+
+def _in_basis(path: Path, write: Op, size: Array, constants: Mapping[str, Array]) -> Array:
+    """Return sizes of channels after the maps of the basis; those of a rotation are not known."""
+    maps = basis_of(write)
+    if any(isinstance(m, Hadamard) for m in maps):
+        raise _rotated(path)
+    # Orders and scales act on sizes as on values; a negative scale would not, hence abs.
+    return np.abs(apply(maps, np.asarray(size, np.float64)[:, None, :], constants))[:, 0, :]
+
+
+def _online(path: Path, size: Array, graph: Graph, constants: Mapping[str, Array]) -> Array:
+    """Return sizes after the gathers and scales that are online."""
+    for op in path.online:
+        constant = weight_value(graph, op.args[1], constants)
+        if op.name == "gather":
+            size = np.take_along_axis(size, constant.astype(np.int64), axis=-1)
+        else:
+            size = size / np.abs(constant) if op.attr("inverse") else size * np.abs(constant)
+    return size
+
+
+def _rotated(path: Path) -> KvantError:
+    return KvantError(
+        "rotated-basis",
+        f"the {path.role} stream is rotated, so the size of one channel is not known",
+        where=f"the {path.role} path",
+        fix="put the pass before the rotation in the recipe",
+    )

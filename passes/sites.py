@@ -1,0 +1,366 @@
+"""An attention site: where q, k and v come from, where the output goes, which maps fold where.
+
+A pass puts a map M on a stream and its dual on the other side. `fold_points` pushes the map from the
+site towards the weights, as far as the algebra allows:
+
+                     pair-scale      scale           rotation      permutation
+    split_heads      passes          passes          passes        passes
+    rope             passes          refused         refused       refused
+    rms_norm         its weight      its weight      refused       refused
+    linear, add      its rows        its rows        its rows      its rows
+
+(`rms_norm` takes the map and ends the walk: what changes before a norm is normalised away.) What cannot
+be folded stays online, after RoPE on k and q. Source: research on the commutant of RoPE, and SpinQuant's
+names for the places; a shift of the keys is not built.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..ir.encodings.tokens import Tokens
+from ..ir.errors import KvantError
+from ..ir.graph import Graph, Op, Value
+from ..ir.maps import Map
+from ..ir.rewrite import Builder
+
+ONLINE = ("hadamard", "gather", "scale")
+WEIGHT_VIEWS = ("slice_rows", "transpose_w")
+WEIGHT_EDITS = (
+    "scale_rows",
+    "scale_cols",
+    "gather_rows",
+    "gather_cols",
+    "hadamard_rows",
+    "hadamard_cols",
+)
+_STREAM = (*ONLINE, "rope", "rms_norm", "split_heads", "add", "linear")
+
+# (kind of map, op it would have to pass) -> why it may not.
+_REFUSED = {
+    ("scale", "rope"): "a scale that differs inside a RoPE pair does not commute with RoPE",
+    ("rotation", "rope"): "RoPE turns every pair by its own angle, and a rotation mixes pairs",
+    ("permutation", "rope"): "RoPE turns channel c by the angle of c, so channels may not move",
+    ("shift", "rope"): "RoPE makes a constant shift depend on the position",
+    (
+        "rotation",
+        "rms_norm",
+    ): "the norm's weight differs per channel, and a rotation mixes channels",
+    (
+        "permutation",
+        "rms_norm",
+    ): "the norm's weight would have to move with the channels (not built)",
+    ("shift", "rms_norm"): "the norm divides by a size that the shift changes",
+}
+
+EmitFold = Callable[[Builder, Value, Op], Value]
+
+
+@dataclass(frozen=True, slots=True)
+class Path:
+    """The ops of one stream, from its source to the site (q, k, v) or from the site on (out).
+
+    Attributes:
+        role: "q", "k", "v" or "out".
+        ops: in order of execution, without `cache_write`, `cache_read` and `attend`.
+        heads: heads of the stream: query heads for q and out, key/value heads for k and v.
+        repeat: heads that share one row of a constant: the group size for q and out, else 1.
+        width: channels of a head.
+    """
+
+    role: str
+    ops: tuple[Op, ...]
+    heads: int
+    repeat: int
+    width: int
+
+    @property
+    def online(self) -> tuple[Op, ...]:
+        """The maps that stay online: next to the site, in order of execution."""
+        ops = self.ops if self.role == "out" else self.ops[::-1]
+        count = 0
+        while count < len(ops) and ops[count].name in ONLINE:
+            count += 1
+        return ops[:count] if self.role == "out" else ops[:count][::-1]
+
+    @property
+    def source(self) -> tuple[Op, ...]:
+        """The ops before the online maps (for out: after them), in order of execution."""
+        count = len(self.online)
+        return self.ops[count:] if self.role == "out" else self.ops[: len(self.ops) - count]
+
+    @property
+    def rope(self) -> Op | None:
+        """The RoPE op of the path, if it has one."""
+        return next((op for op in self.ops if op.name == "rope"), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One `attend` with its two cache streams.
+
+    Attributes:
+        attend, k_write, v_write: the ops.
+        q, k, v, out: the paths.
+        heads: key/value heads H.
+        group: query heads per key/value head; query head h reads head h // group.
+    """
+
+    attend: Op
+    k_write: Op
+    v_write: Op
+    q: Path
+    k: Path
+    v: Path
+    out: Path
+    heads: int
+    group: int
+
+
+def find_site(graph: Graph) -> Site | None:
+    """Return the attention site of a layer graph, or None if it has none.
+
+    Raises: KvantError if there are several, or if k or v do not come from the cache.
+    """
+    attends = graph.find("attend")
+    if not attends:
+        return None
+    if len(attends) > 1:
+        raise KvantError(
+            "several-attention-sites",
+            f"the graph has {len(attends)} attend ops",
+            where=f"graph @{graph.name}",
+            fix="capture one graph per layer; constants are named per layer",
+        )
+    attend = attends[0]
+    q, k, v = attend.args
+    k_write, v_write = _cache_write(graph, k), _cache_write(graph, v)
+    q_heads, _ = _heads_and_width(q)
+    heads, k_width = _heads_and_width(k_write.args[0])
+    _, v_width = _heads_and_width(v_write.args[0])
+    group = q_heads // heads
+    return Site(
+        attend=attend,
+        k_write=k_write,
+        v_write=v_write,
+        q=Path("q", _walk_back(graph, q), q_heads, group, k_width),
+        k=Path("k", _walk_back(graph, k_write.args[0]), heads, 1, k_width),
+        v=Path("v", _walk_back(graph, v_write.args[0]), heads, 1, v_width),
+        out=Path("out", _walk_on(graph, attend.result), q_heads, group, v_width),
+        heads=heads,
+        group=group,
+    )
+
+
+def pair_of(rope: Op, width: int) -> tuple[int, ...]:
+    """Return for every channel of a head the other channel of its RoPE pair.
+
+    Raises: KvantError ("unsupported-rope") for a style whose pairs are not known here.
+    """
+    if rope.attr("style") == "half":
+        return tuple((c + width // 2) % width for c in range(width))
+    raise KvantError(
+        "unsupported-rope",
+        f"the pairs of RoPE style {rope.attr('style')} are not known",
+        where=f"rope {rope.result}",
+        fix="use a pass that does not scale keys",
+    )
+
+
+def fold_refusal(path: Path, kind: str) -> str | None:
+    """Return why a map of `kind` cannot reach weights along `path`, or None if it can.
+
+    Args:
+        path: of a site.
+        kind: "pair-scale", "scale", "rotation", "permutation" or "shift".
+    """
+    found = _fold_walk(path, kind)
+    return found if isinstance(found, str) else None
+
+
+def fold_points(path: Path, kind: str) -> tuple[Op, ...]:
+    """Return the ops whose weights take a map of `kind` that is wanted at the site.
+
+    Raises: KvantError ("illegal-fold") with the reason, where the map cannot get there.
+    """
+    found = _fold_walk(path, kind)
+    if isinstance(found, str):
+        raise KvantError(
+            "illegal-fold",
+            f"a {kind} of {path.role} cannot be folded into weights: {found}",
+            where=f"the {path.role} path: {' '.join(op.name for op in path.ops) or 'empty'}",
+            fix="keep the map online, after RoPE on k and q, or leave it out",
+        )
+    return found
+
+
+def value_points(site: Site, kind: str) -> tuple[tuple[Op, ...], tuple[Op, ...]]:
+    """Return the fold points of a map of v and of its inverse on the output; () means online.
+
+    What is applied last before storage is undone first after attend: a map online on v cannot be undone
+    in the projection if another is undone online before it.
+    """
+    write = () if fold_refusal(site.v, kind) else fold_points(site.v, kind)
+    read = () if fold_refusal(site.out, kind) else fold_points(site.out, kind)
+    if len(site.v.online) != len(site.out.online):
+        write = ()
+    if not write and site.out.online:
+        read = ()
+    return write, read
+
+
+def undo_after(site: Site, folded: bool) -> Op:
+    """Return the op after which the inverse of a new map of v goes, if it is undone online.
+
+    Args:
+        site: the site.
+        folded: whether the map itself was folded, so that it acts before those that are online.
+    """
+    return site.out.online[-1] if folded and site.out.online else site.attend
+
+
+def fold_into(graph: Graph, b: Builder, op: Op, args: tuple[Value, ...], emit: EmitFold) -> Value:
+    """Emit a fold point again with `emit` applied to its weight and to its bias alike.
+
+    Args:
+        graph: the graph that holds `op`.
+        b: builder of the new graph.
+        op: one of `fold_points`.
+        args: its arguments in the new graph.
+        emit: called as emit(builder, weight, op) for each.
+    """
+    new = tuple(
+        emit(b, now, op) if is_weight(graph, old) else now
+        for old, now in zip(op.args, args, strict=True)
+    )
+    return b.emit(op.name, *new, loc=op.loc, hint=op.result.name, **dict(op.attrs))
+
+
+def emit_write(b: Builder, op: Op, x: Value, basis: tuple[Map, ...]) -> Value:
+    """Emit a `cache_write` again, of another value in another basis."""
+    attrs = {**dict(op.attrs), "basis": basis}
+    return b.emit("cache_write", x, loc=op.loc, hint=op.result.name, **attrs)
+
+
+def emit_attend(b: Builder, op: Op, q: Value, k: Value, v: Value) -> Value:
+    """Emit `attend` again, on other values."""
+    return b.emit("attend", q, k, v, loc=op.loc, hint=op.result.name, **dict(op.attrs))
+
+
+def basis_of(write: Op) -> tuple[Map, ...]:
+    """Return what was applied to a stream before storage, folded or online, first one first."""
+    basis = write.attr("basis")
+    return basis if isinstance(basis, tuple) else ()  # type: ignore[return-value]
+
+
+def store_of(write: Op) -> Tokens:
+    """Return how a stream is stored."""
+    return write.attr_as("store", Tokens)
+
+
+def with_folded(write: Op, path: Path, new: Map) -> tuple[Map, ...]:
+    """Return the basis with a folded map: it acts before all maps that are online."""
+    basis, online = basis_of(write), len(path.online)
+    return (*basis[: len(basis) - online], new, *basis[len(basis) - online :])
+
+
+def is_weight(graph: Graph, value: Value) -> bool:
+    """Return whether a value is a parameter, seen through weight ops."""
+    op = graph.producer(value)
+    if op.name == "add":
+        return all(is_weight(graph, arg) for arg in op.args)
+    if op.name in WEIGHT_VIEWS + WEIGHT_EDITS:
+        return is_weight(graph, op.args[0])
+    return op.name == "param"
+
+
+def check_once(graph: Graph, write: Op, new: Map) -> None:
+    """Refuse a map that the stream already has: its constant would have two meanings.
+
+    Raises: KvantError ("already-applied").
+    """
+    if new in basis_of(write):
+        raise KvantError(
+            "already-applied",
+            f"stream {write.attr_as('role', str)} is already in the basis {new}",
+            where=f"graph @{graph.name}: {write.result}",
+            fix="name the pass once in the recipe",
+        )
+
+
+def _fold_walk(path: Path, kind: str) -> tuple[Op, ...] | str:
+    """Return the fold points of a map, or why there are none."""
+    if path.role == "out":
+        return _fold_walk_on(path, kind)
+    points: list[Op] = []
+    for op in reversed(path.source):
+        reason = _REFUSED.get((kind, op.name))
+        if reason:
+            return reason
+        if op.name in ONLINE:
+            return f"{op.name} {op.result} stands between the site and the weights"
+        if op.name in ("linear", "add", "rms_norm"):
+            points.append(op)
+        if op.name in ("linear", "rms_norm"):
+            return tuple(points)
+    return "there is no projection; its values come from outside the graph"
+
+
+def _fold_walk_on(path: Path, kind: str) -> tuple[Op, ...] | str:
+    names = tuple(op.name for op in path.source)
+    if names == ("merge_heads", "linear"):
+        return () if kind == "shift" else path.source[1:]
+    return "the attention output does not go straight into a projection"
+
+
+def _heads_and_width(value: Value) -> tuple[int, int]:
+    """Return H and D of a value [B, H, T, D]."""
+    shape = value.tensor.shape
+    if len(shape) == 4 and isinstance(shape[1], int) and isinstance(shape[3], int):
+        return shape[1], shape[3]
+    raise KvantError(
+        "ill-formed-graph",
+        f"{value} is {value.type}, not [B, H, T, D] with known H and D",
+        where=f"attention site at {value}",
+        fix="split the heads before the cache",
+    )
+
+
+def _cache_write(graph: Graph, read: Value) -> Op:
+    """Return the cache_write behind an argument of attend."""
+    op = graph.producer(read)
+    if op.name == "cache_read":
+        return graph.producer(op.args[0])
+    raise KvantError(
+        "ill-formed-graph",
+        f"attend reads {read}, which {op.name} gives, not cache_read",
+        where=f"graph @{graph.name}",
+        fix="write k and v to the cache and read them back",
+    )
+
+
+def _walk_back(graph: Graph, value: Value) -> tuple[Op, ...]:
+    """Return the ops from a stream's source to `value`."""
+    ops: list[Op] = []
+    while (op := graph.producer(value)).name in _STREAM and not is_weight(graph, value):
+        data = [a for a in op.args if not is_weight(graph, a)]
+        if op.name == "add" and len(data) != 1:
+            break  # a sum of two streams, not a bias
+        ops.append(op)
+        if op.name == "linear":
+            break
+        value = op.args[0] if op.name != "add" else data[0]
+    return tuple(reversed(ops))
+
+
+def _walk_on(graph: Graph, value: Value) -> tuple[Op, ...]:
+    """Return the ops that alone use the attention output, up to the projection."""
+    ops: list[Op] = []
+    while value not in graph.outputs and len(users := graph.users(value)) == 1:
+        op = users[0]
+        if op.name not in (*ONLINE, "merge_heads", "linear") or op.args[0] != value:
+            break
+        ops.append(op)
+        if op.name == "linear":
+            break
+        value = op.result
+    return tuple(ops)

@@ -1,0 +1,93 @@
+"""Store the channels of every key head in another order, so that channels that share a block are alike.
+
+    scores(q, cache(k))   ->   scores(gather(q, p), cache(gather(k, p)))
+
+    sum_c q[p(c)] k[p(c)] = sum_c q[c] k[c]      for every permutation p
+
+The order is `kvant.k_order` [H, D], one per key/value head, shared by its query heads. It is a storage order
+after RoPE and is never folded: under RoPE a channel's angle belongs to its place.
+Source: "Accurate Block Quantization in LLMs with Outliers" (Trukhanov and Soloveychik, 2024), K-sort: argsort
+of the row norms of W_k. Differs from it in: the bias and a norm weight count; post-RoPE; key = "rms" sorts by
+sqrt(E[k_c^2]) of calibration instead.
+"""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import numpy as np
+
+from ..ir.arrays import Array
+from ..ir.graph import Graph, Op, Value
+from ..ir.maps import Gather
+from ..ir.rewrite import Builder, rewrite
+from ..ir.stats import LayerStats
+from ..ir.types import TensorType
+from .constants import check_order, check_word, need_site, need_stats, row_norms, second_moment
+from .sites import basis_of, check_once, emit_attend, emit_write, find_site
+
+ORDER = "kvant.k_order"
+KEYS = ("weight", "rms")
+
+
+def sort_k(graph: Graph, *, key: Literal["weight", "rms"] = "weight") -> Graph:
+    """Store keys in the order of their channels' size; gather k at append and q in prepare.
+
+    Args:
+        graph: of a layer.
+        key: "weight": norms of the rows of W_k with bias; "rms": sqrt of the second moment.
+
+    Returns: the new graph; `graph` itself if it has no attention.
+    Raises: KvantError ("already-applied", "bad-option").
+    """
+    check_word("sort-k", "key", key, KEYS)
+    site = find_site(graph)
+    if site is None:
+        return graph
+    check_once(graph, site.k_write, Gather(ORDER))
+
+    def rule(b: Builder, op: Op, args: tuple[Value, ...]) -> Value | None:
+        order = TensorType("i64", (site.heads, site.k.width))
+        if op == site.k_write:
+            k = b.emit("gather", args[0], b.param(ORDER, order), loc=op.loc)
+            return emit_write(b, op, k, (*basis_of(op), Gather(ORDER)))
+        if op == site.attend:
+            q = b.emit("gather", args[0], b.param(ORDER, order), repeat=site.group, loc=op.loc)
+            return emit_attend(b, op, q, *args[1:])
+        return None
+
+    return rewrite(graph, rule)
+
+
+def sort_k_constants(
+    graph: Graph,
+    weights: Mapping[str, Array],
+    stats: LayerStats | None,
+    *,
+    key: Literal["weight", "rms"] = "weight",
+) -> dict[str, Array]:
+    """Return {"kvant.k_order"}: i64 [H, D], ascending, equal channels in their old order.
+
+    Args:
+        graph: the graph before this pass.
+        weights: parameters of the layer, and constants of earlier passes, by name.
+        stats: needed for key = "rms".
+        key: as in `sort_k`.
+
+    Raises: KvantError ("needs-stats", "needs-weights", "illegal-fold", "bad-option").
+    """
+    check_word("sort-k", "key", key, KEYS)
+    site = need_site(graph)
+    if key == "rms":
+        size = second_moment(site.k, site.k_write, need_stats(stats, "sort-k"), weights)
+    else:
+        size = row_norms(graph, site.k, weights)
+    return {ORDER: np.argsort(size, axis=-1, kind="stable").astype(np.int64)}
+
+
+def check_sort_k(graph: Graph, constants: Mapping[str, Array]) -> None:
+    """Refuse an order that is not a permutation of the channels of every head.
+
+    Raises: KvantError ("bad-constant").
+    """
+    site = need_site(graph)
+    check_order(ORDER, constants, site.heads, site.k.width)

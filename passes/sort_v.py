@@ -1,0 +1,88 @@
+"""Order the channels of every value head, so that channels that share a block are alike.
+
+    cache(v), y = W_o o   ->   cache(gather(v, p)), y = W_o' o'
+
+    y = sum_h sum_c W_o[h, p(c)] o_h[p(c)] = sum_h sum_c W_o[h, c] o_h[c]      for every permutation p
+
+Values never meet RoPE, so the order folds: into the rows and bias of v_proj, and into the columns of o_proj
+for every query head of the group. The order is `kvant.v_order` [H, D]: argsort of the row norms of W_v.
+Source: our own extension of K-sort (Trukhanov and Soloveychik, 2024), which sorts keys only.
+"""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import numpy as np
+
+from ..ir.arrays import Array
+from ..ir.graph import Graph, Op, Value
+from ..ir.maps import Gather
+from ..ir.rewrite import Builder, rewrite
+from ..ir.stats import LayerStats
+from ..ir.types import TensorType
+from .constants import check_order, check_word, need_site, need_stats, row_norms, second_moment
+from .sites import check_once, emit_write, find_site, fold_into, fold_points, with_folded
+
+ORDER = "kvant.v_order"
+KEYS = ("weight", "rms")
+
+
+def sort_v(graph: Graph, *, key: Literal["weight", "rms"] = "weight") -> Graph:
+    """Order values by their channels' size, folded into v_proj and o_proj.
+
+    Args:
+        graph: of a layer.
+        key: "weight": norms of the rows of W_v with bias; "rms": sqrt of the second moment.
+
+    Returns: the new graph; `graph` itself if it has no attention.
+    Raises: KvantError ("already-applied", "bad-option", "illegal-fold").
+    """
+    check_word("sort-v", "key", key, KEYS)
+    site = find_site(graph)
+    if site is None:
+        return graph
+    check_once(graph, site.v_write, Gather(ORDER))
+    write, read = fold_points(site.v, "permutation"), fold_points(site.out, "permutation")
+
+    def rule(b: Builder, op: Op, args: tuple[Value, ...]) -> Value | None:
+        shape = TensorType("i64", (site.heads, site.v.width))
+        if op in write:
+            return fold_into(
+                graph,
+                b,
+                op,
+                args,
+                lambda b, w, _: b.emit("gather_rows", w, b.param(ORDER, shape), heads=site.heads),
+            )
+        if op in read:
+            order, heads = b.param(ORDER, shape), site.out.heads
+            w = b.emit("gather_cols", args[1], order, heads=heads, repeat=site.group)
+            return b.emit("linear", args[0], w, *args[2:], loc=op.loc, hint=op.result.name)
+        if op == site.v_write:
+            return emit_write(b, op, args[0], with_folded(op, site.v, Gather(ORDER)))
+        return None
+
+    return rewrite(graph, rule)
+
+
+def sort_v_constants(
+    graph: Graph,
+    weights: Mapping[str, Array],
+    stats: LayerStats | None,
+    *,
+    key: Literal["weight", "rms"] = "weight",
+) -> dict[str, Array]:
+    """Return {"kvant.v_order"}: i64 [H, D], ascending. Arguments as in `sort_k_constants`."""
+    check_word("sort-v", "key", key, KEYS)
+    site = need_site(graph)
+    if key == "rms":
+        size = second_moment(site.v, site.v_write, need_stats(stats, "sort-v"), weights)
+    else:
+        size = row_norms(graph, site.v, weights)
+    return {ORDER: np.argsort(size, axis=-1, kind="stable").astype(np.int64)}
+
+
+def check_sort_v(graph: Graph, constants: Mapping[str, Array]) -> None:
+    """Refuse an order that is not a permutation. Raises: KvantError ("bad-constant")."""
+    site = need_site(graph)
+    check_order(ORDER, constants, site.heads, site.v.width)

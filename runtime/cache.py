@@ -1,0 +1,390 @@
+"""The cache of one batch: bookkeeping and checks around the kernels of a target.
+
+Every call is checked whole before anything changes, and `length` moves last. So a call that raises
+leaves the cache as it was.
+"""
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any, Protocol
+
+import numpy as np
+
+from ..ir.errors import KvantError
+from ..ir.plan import AttentionPlan
+from .columns import Columns, from_end, new_columns, to_end
+from .pages import PagePool, open_pool
+from .state_file import read_state, write_state
+from .stream import (
+    Floats,
+    Ints,
+    Kernels,
+    Stream,
+    can_cut,
+    cut,
+    drop_pages,
+    due,
+    make_room,
+    new_stream,
+    page_limit,
+    stream_bytes,
+    take_pages,
+    take_rows,
+    trim,
+)
+from .tensors import (
+    Kind,
+    check_finite,
+    check_shape,
+    read_floats,
+    read_integer,
+    read_integers,
+    write_floats,
+    wrong_value,
+)
+
+__all__ = ["Cache", "Kernels", "Layer", "Source", "Stream", "restore"]
+
+
+@dataclass(slots=True)
+class Layer:
+    """One layer's state.
+
+    Attributes:
+        plan: what is stored and computed.
+        k: keys.
+        v: values; as long as `k`, but encoded on its own schedule.
+        columns: which column of the batch is which position of a row.
+    """
+
+    plan: AttentionPlan
+    k: Stream
+    v: Stream
+    columns: Columns
+
+    @property
+    def streams(self) -> tuple[Stream, Stream]:
+        """Both streams."""
+        return self.k, self.v
+
+
+class Cache:
+    """Quantized keys and values of all layers for a batch of rows.
+
+    Args:
+        plans: one per layer.
+        kernels: what appends, encodes and attends.
+        batch: rows, at least 1.
+        max_tokens: the most columns; a limit, memory grows by page.
+        start: int64[B], first valid column of each row (left padding); None for zeros.
+        artifact_id: id of the artifact that the plans come from; a state file fits only its own.
+
+    Raises: KvantError "wrong-type", "wrong-dtype", "wrong-value", "wrong-shape", "out-of-memory".
+    """
+
+    def __init__(
+        self,
+        plans: Sequence[AttentionPlan],
+        kernels: Kernels,
+        *,
+        batch: int = 1,
+        max_tokens: int = 32768,
+        start: object = None,
+        artifact_id: str = "",
+    ) -> None:
+        self.batch = read_integer("batch", batch, 1)
+        self.max_tokens = read_integer("max_tokens", max_tokens, 1)
+        first = np.zeros(self.batch, np.int64)
+        if start is not None:
+            first = read_integers("start", start, self.batch)
+        if (first < 0).any():
+            raise wrong_value("start", first.tolist(), "no negative index")
+        self.artifact_id = artifact_id
+        self.kernels = kernels
+        self.reserved = 0
+        self.pools = _open_pools(plans, self.batch, self.max_tokens)
+        self.layers = tuple(self._new_layer(plan, new_columns(first)) for plan in plans)
+
+    def _new_layer(self, plan: AttentionPlan, columns: Columns) -> Layer:
+        k, v = (
+            new_stream(s, self.pools[s.page_layout().page_bytes], self.batch, self.max_tokens)
+            for s in (plan.k, plan.v)
+        )
+        return Layer(plan, k, v, columns)
+
+    @property
+    def start(self) -> Ints:
+        """int64[B], first column of each row that can hold a token."""
+        return self.layers[0].columns.start.copy()
+
+    @property
+    def length(self) -> int:
+        """Number of columns that every layer has, padding included."""
+        return min(layer.columns.length for layer in self.layers)
+
+    @property
+    def lengths(self) -> Ints:
+        """int64[B], valid tokens of each row in those columns."""
+        return self.layers[0].columns.counts_at(self.length).copy()
+
+    def layer_length(self, layer: int) -> int:
+        """Return the number of columns of one layer; it is ahead of `length` during a step."""
+        return self._layer(layer, "length").columns.length
+
+    def append(self, layer: int, k: object, v: object, lengths: object = None) -> None:
+        """Append T tokens to a layer.
+
+        What became due before this call is encoded now; the new tokens stay as they are until the
+        next append or `flush`.
+
+        Args:
+            layer: index from 0.
+            k: [B, H, T, D], after RoPE; torch (on the CPU) or NumPy; f32, bf16 or f16.
+            v: [B, H, T, Dv].
+            lengths: int64[B], columns at and past it are right padding of this append; None for T.
+
+        Raises: KvantError "unknown-layer", "wrong-type", "wrong-dtype", "wrong-device",
+            "wrong-shape", "wrong-value", "non-finite", "cache-full", "scale-overflow".
+        """
+        state, where = self._layer(layer, "append"), f"layer {layer}, append"
+        new_k, new_v, padding = self._read_append(state, where, k, v, lengths)
+        tokens = new_k.shape[2]
+        if tokens == 0:
+            return
+        first, count = state.columns.valid(tokens, padding)
+        check_finite("k", new_k, first, count, where)
+        check_finite("v", new_v, first, count, where)
+        length, columns = state.k.length + count, state.columns.grown(tokens, first, count)
+        for stream in state.streams:
+            make_room(stream, length)
+        # Written past `length` and `encoded`: until these move, nothing has happened.
+        self.kernels.append(layer, state.k, new_k, first, count)
+        self.kernels.append(layer, state.v, new_v, first, count)
+        k_end, v_end = self._encode_due(layer, state)
+        state.k.encoded, state.v.encoded = k_end, v_end
+        state.k.length, state.v.length, state.columns = length, length, columns
+        for stream in state.streams:
+            trim(stream)
+
+    def attend(self, layer: int, q: object, return_lse: bool = False) -> Any:
+        """Return attention of the last T_q columns over everything appended so far.
+
+        Args:
+            layer: index from 0.
+            q: [B, Hq, T_q, D], after RoPE; T_q columns at most as appended.
+            return_lse: also return the log of the sum of exponentials, f32[B, Hq, T_q].
+
+        Returns: [B, Hq, T_q, Dv], of the library and dtype of q; zeros (and -inf) for padding.
+        Raises: KvantError "unknown-layer", "wrong-type", "wrong-dtype", "wrong-device",
+            "wrong-shape".
+        """
+        state, where = self._layer(layer, "attend"), f"layer {layer}, attend"
+        x, kind = read_floats("q", q)
+        plan = state.plan
+        check_shape("q", x.shape, (self.batch, plan.q_heads, "T", plan.k.channels), where)
+        tokens = x.shape[2]
+        if tokens > state.columns.length:
+            raise KvantError(
+                "wrong-shape",
+                f"q has {tokens} columns, but the layer has {state.columns.length}",
+                where=where,
+                fix="append the keys and values of these columns first",
+            )
+        if tokens == 0:
+            out = np.zeros((self.batch, plan.q_heads, 0, plan.v.channels), np.float32)
+            lse = np.zeros(out.shape[:3], np.float32)
+        else:
+            out, lse = self._attend_columns(layer, state, x)
+        result = write_floats(out, kind)
+        return (result, write_floats(lse, Kind(kind.library, "float32"))) if return_lse else result
+
+    def _attend_columns(self, layer: int, state: Layer, q: Floats) -> tuple[Floats, Floats]:
+        """Attend, with the queries of right-padded rows moved to where the kernels expect them."""
+        valid = state.columns.is_valid(q.shape[2])
+        if valid is None:
+            return self.kernels.attend(layer, q, state.k, state.v)
+        out, lse = self.kernels.attend(layer, to_end(q, valid), state.k, state.v)
+        return from_end(out, valid, 0.0), from_end(lse, valid, -np.inf)
+
+    def flush(self) -> None:
+        """Encode now, in every layer, what the next append would encode."""
+        for layer in range(len(self.layers)):
+            self.flush_layer(layer)
+
+    def flush_layer(self, layer: int) -> None:
+        """Encode now what the next append to this layer would encode."""
+        state = self._layer(layer, "flush")
+        k_end, v_end = self._encode_due(layer, state)
+        state.k.encoded, state.v.encoded = k_end, v_end
+        for stream in state.streams:
+            trim(stream)
+
+    def _encode_due(self, layer: int, state: Layer) -> tuple[Ints, Ints]:
+        """Write the pages of what is due and return their new ends, k's and v's.
+
+        Nothing counts until the caller stores the ends; on an error the pages are given back.
+        """
+        ends = due(state.k, self.reserved), due(state.v, self.reserved)
+        try:
+            for stream, end in zip(state.streams, ends, strict=True):
+                if (end > stream.encoded).any():
+                    take_pages(stream, end)
+                    self.kernels.encode(layer, stream, stream.encoded, end)
+        except BaseException:
+            for stream in state.streams:
+                drop_pages(stream, stream.encoded)
+            raise
+        return ends
+
+    def truncate(self, n: int) -> None:
+        """Forget the columns from n on, in every layer.
+
+        Exact down to the encoded end of every row; below, the cut must fall between two groups of
+        every stream.
+
+        Raises: KvantError "wrong-value"; "truncate-inside-group", which names the nearest legal
+            numbers of columns. Nothing is changed then.
+        """
+        columns = read_integer("n", n, 0)
+        if columns > self.length:
+            raise wrong_value("n", columns, f"at most {self.length}, the columns there are")
+        if not self._can_truncate(columns):
+            below = next(c for c in range(columns - 1, -1, -1) if self._can_truncate(c))
+            above = next(c for c in range(columns + 1, self.length + 1) if self._can_truncate(c))
+            raise KvantError(
+                "truncate-inside-group",
+                f"{columns} columns would cut a group of encoded tokens in two",
+                where="truncate",
+                fix=f"truncate to {below} or {above}, or reserve(n) before speculative tokens",
+            )
+        for layer in self.layers:
+            length = layer.columns.counts_at(min(columns, layer.columns.length))
+            layer.columns = layer.columns.cut(columns)
+            for stream in layer.streams:
+                cut(stream, length)
+
+    def _can_truncate(self, columns: int) -> bool:
+        return all(
+            can_cut(stream, layer.columns.counts_at(min(columns, layer.columns.length)))
+            for layer in self.layers
+            for stream in layer.streams
+        )
+
+    def reserve(self, n: int) -> None:
+        """Keep the n newest tokens raw from now on, so that rolling them back is always exact.
+
+        Raises: KvantError "wrong-value".
+        """
+        self.reserved = read_integer("n", n, 0)
+
+    def reorder(self, index: object) -> None:
+        """Make row i what row index[i] was, in every layer (beam search).
+
+        Args:
+            index: int64[B], torch or NumPy.
+
+        Raises: KvantError "wrong-type", "wrong-dtype", "wrong-shape" or "wrong-value".
+        """
+        rows = read_integers("index", index, self.batch)
+        if ((rows < 0) | (rows >= self.batch)).any():
+            raise wrong_value("index", rows.tolist(), f"rows 0 to {self.batch - 1}")
+        if (rows == np.arange(self.batch)).all():
+            return
+        for layer in self.layers:
+            layer.columns = layer.columns.rows(rows)
+            for stream in layer.streams:
+                take_rows(stream, rows)
+
+    def bytes(self) -> int:
+        """Return the bytes in use: raw tokens in the plan's raw dtype, pages, and their tables."""
+        return sum(stream_bytes(stream) for layer in self.layers for stream in layer.streams)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the whole state to a file, mode 0600, there whole or not at all.
+
+        Raises: KvantError "output-not-written".
+        """
+        write_state(self, path)
+
+    def _layer(self, layer: int, call: str) -> Layer:
+        try:
+            index = operator.index(layer)
+        except TypeError:
+            index = -1
+        if not 0 <= index < len(self.layers):
+            raise KvantError(
+                "unknown-layer",
+                f"there is no layer {layer!r}",
+                where=call,
+                fix=f"use 0 to {len(self.layers) - 1}",
+            )
+        return self.layers[index]
+
+    def _read_append(
+        self, state: Layer, where: str, k: object, v: object, lengths: object
+    ) -> tuple[Floats, Floats, Ints | None]:
+        """Check everything about an append but its values."""
+        plan = state.plan
+        new_k, new_v = read_floats("k", k)[0], read_floats("v", v)[0]
+        check_shape("k", new_k.shape, (self.batch, plan.k.heads, "T", plan.k.channels), where)
+        tokens = new_k.shape[2]
+        check_shape("v", new_v.shape, (self.batch, plan.v.heads, tokens, plan.v.channels), where)
+        padding = None if lengths is None else read_integers("lengths", lengths, self.batch)
+        if padding is not None and ((padding < 0) | (padding > tokens)).any():
+            raise wrong_value("lengths", padding.tolist(), f"0 to {tokens}")
+        if state.columns.length + tokens > self.max_tokens:
+            raise KvantError(
+                "cache-full",
+                f"{tokens} more columns after {state.columns.length} pass the limit of "
+                f"{self.max_tokens}",
+                where=where,
+                fix="create the cache with a larger max_tokens, or truncate it",
+            )
+        return new_k, new_v, padding
+
+
+class Source(Protocol):
+    """What `restore` needs to know of an artifact."""
+
+    @property
+    def id(self) -> str:
+        """Id of the artifact."""
+
+    @property
+    def plans(self) -> tuple[AttentionPlan, ...]:
+        """One plan per layer."""
+
+    @property
+    def kernels(self) -> Kernels:
+        """What appends, encodes and attends."""
+
+
+def restore(source: Source, path: str | PathLike[str]) -> Cache:
+    """Return a new cache with the state that `Cache.save` wrote; the file is checked whole.
+
+    Raises: KvantError "state-missing", "state-version", "state-damaged", "state-other-artifact".
+    """
+
+    def new_cache(batch: int, max_tokens: int, start: Ints) -> Cache:
+        return Cache(
+            source.plans,
+            source.kernels,
+            batch=batch,
+            max_tokens=max_tokens,
+            start=start,
+            artifact_id=source.id,
+        )
+
+    return read_state(path, source.id, source.plans, new_cache)
+
+
+def _open_pools(plans: Sequence[AttentionPlan], batch: int, max_tokens: int) -> dict[int, PagePool]:
+    """Return one pool for each size of page, large enough for every stream at its limit."""
+    pages: dict[int, int] = {}
+    for plan in plans:
+        for stream in (plan.k, plan.v):
+            size = stream.page_layout().page_bytes
+            pages[size] = pages.get(size, 0) + batch * page_limit(stream, max_tokens)
+    return {size: open_pool(size, count) for size, count in pages.items()}

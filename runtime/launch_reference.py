@@ -1,0 +1,129 @@
+"""The kernels in NumPy: float64, slow, and the measure of all others.
+
+They compute what the plan says on what the pages hold, with the records of `ir` alone: maps from
+`ir.maps`, codes from `ir.encodings`, bytes from `ir.layouts`, attention from `ir.attention`.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..ir.attention import attend
+from ..ir.errors import KvantError
+from ..ir.maps import apply
+from ..ir.plan import AttentionPlan
+from .stream import Floats, Ints, Stream
+
+Array = NDArray[Any]
+
+
+class Kernels:
+    """Implements `stream.Kernels`.
+
+    Args:
+        plans: one per layer.
+        constants: one mapping per layer, arrays by the names that the plan's maps use.
+    """
+
+    def __init__(
+        self, plans: Sequence[AttentionPlan], constants: Sequence[Mapping[str, Array]]
+    ) -> None:
+        self._plans = tuple(plans)
+        self._constants = tuple(constants)
+
+    def append(self, layer: int, stream: Stream, x: Floats, first: Ints, count: Ints) -> None:
+        """Map and store new tokens as they came; see `stream.Kernels`."""
+        constants = self._constants[layer]
+        new = [x[row, :, first[row] : first[row] + count[row]] for row in range(len(x))]
+        with np.errstate(over="ignore", invalid="ignore"):
+            mapped = [apply(stream.plan.maps, part, constants).astype(np.float32) for part in new]
+        for row, part in enumerate(mapped):
+            if not np.isfinite(part).all():
+                raise _non_finite(layer, stream, row)
+        for row, part in enumerate(mapped):
+            _store(stream, row, part)
+
+    def encode(self, layer: int, stream: Stream, begin: Ints, end: Ints) -> None:
+        """Encode positions [begin, end) of the tail; see `stream.Kernels`."""
+        layout, rest = stream.layout, stream.plan.tokens.rest
+        for row in range(len(begin)):
+            at, stop = int(begin[row]), int(end[row])
+            while at < stop:
+                page, inside = divmod(at - stream.sinks, layout.tokens)
+                part = min(stop, at - inside + layout.tokens)
+                slot = at - int(stream.tail_first[row])
+                x = stream.tail[row, :, slot : slot + part - at]
+                target = stream.pages[stream.table[row, page]]
+                layout.write(target, inside, rest.encode(x.astype(np.float64)))
+                at = part
+
+    def attend(self, layer: int, q: Floats, k: Stream, v: Stream) -> tuple[Floats, Floats]:
+        """Return output and log-sum-exp; see `stream.Kernels`."""
+        plan, constants = self._plans[layer], self._constants[layer]
+        mapped = apply(plan.q_maps, q, constants, plan.group)
+        out, lse = attend(
+            plan.prepared(mapped),
+            read_stream(k),
+            read_stream(v),
+            lengths=k.length,
+            scale=plan.scale,
+            softcap=plan.softcap,
+            window=plan.window,
+        )
+        out = apply(plan.out_maps, out, constants, plan.group)
+        return out.astype(np.float32), lse.astype(np.float32)
+
+
+def read_stream(stream: Stream) -> Array:
+    """Return what is stored, decoded, in the stream's own basis.
+
+    Returns: float64[B, H, max(length), D], zeros past each row's length.
+    """
+    batch, heads, _, channels = stream.tail.shape
+    x = np.zeros((batch, heads, int(stream.length.max(initial=0)), channels))
+    for row in range(batch):
+        length = int(stream.length[row])
+        encoded = min(length, int(stream.encoded[row]))
+        raw = min(length, stream.sinks)
+        x[row, :, :raw] = stream.sink[row, :, :raw]
+        x[row, :, raw:encoded] = _read_pages(stream, row, encoded - raw)
+        slot = encoded - int(stream.tail_first[row])
+        if length > encoded:
+            x[row, :, encoded:length] = stream.tail[row, :, slot : slot + length - encoded]
+    return x
+
+
+def _read_pages(stream: Stream, row: int, count: int) -> Array:
+    """Return the first `count` encoded tokens of a row, [H, count, D]."""
+    layout = stream.layout
+    whole, rest = divmod(count, layout.tokens)
+    decode = stream.plan.tokens.rest.decode
+    pages = stream.pages[stream.table[row, :whole]]
+    x = np.moveaxis(decode(layout.unpack(pages)), 0, 1)
+    parts = [x.reshape(layout.heads, whole * layout.tokens, layout.channels)]
+    if rest:
+        page = stream.pages[stream.table[row, whole]]
+        parts.append(decode(layout.read(page, 0, rest)))
+    return np.concatenate(parts, axis=1)
+
+
+def _store(stream: Stream, row: int, x: Array) -> None:
+    """Put x [H, n, D] at positions length, length + 1, ... of sink and tail."""
+    begin = int(stream.length[row])
+    to_sink = min(max(0, stream.sinks - begin), x.shape[1])
+    stream.sink[row, :, begin : begin + to_sink] = x[:, :to_sink]
+    slot = begin + to_sink - int(stream.tail_first[row])
+    rest = x.shape[1] - to_sink
+    if rest:
+        stream.tail[row, :, slot : slot + rest] = x[:, to_sink:]
+
+
+def _non_finite(layer: int, stream: Stream, row: int) -> KvantError:
+    return KvantError(
+        "non-finite",
+        f"{stream.plan.role} is NaN or infinite in float32 after its maps, row {row}",
+        where=f"layer {layer}, append",
+        fix="find out why the model gave such values; nothing was stored",
+    )

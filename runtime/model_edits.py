@@ -1,0 +1,73 @@
+"""Edit the weights of a model as an artifact asks, and put the old ones back.
+
+An edited parameter gets new storage and the old storage is kept, so restoring is exact and a file
+mapped into memory is never written.
+"""
+
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from .artifact import Artifact
+
+Module: TypeAlias = Any
+Tensor: TypeAlias = Any
+Float64 = NDArray[np.float64]
+
+
+def edit_weights(model: Module, artifact: "Artifact") -> dict[str, Tensor]:
+    """Apply the weight edits of an artifact and return the edited parameters as they were.
+
+    Each is computed in float64 and rounded once to the parameter's dtype. On an error the model is
+    as it was.
+    """
+    from ..ir.weight_edits import apply_weight_edits
+
+    originals: dict[str, Tensor] = {}
+    try:
+        for edit in artifact.weight_edits:
+            name = edit["parameter"]
+            parameter = model.get_parameter(name)
+            weight = parameter.detach().double().numpy()
+            edited = apply_weight_edits(weight, edit["ops"], artifact.tensors)
+            originals[name] = parameter.data
+            parameter.data = rounded(edited, parameter.dtype)
+    except BaseException:
+        restore_weights(model, originals)
+        raise
+    return originals
+
+
+def restore_weights(model: Module, originals: dict[str, Tensor]) -> None:
+    """Give each parameter its old storage back."""
+    for name, data in originals.items():
+        model.get_parameter(name).data = data
+
+
+def rounded(x: Float64, dtype: Any) -> Tensor:
+    """Return float64 values as a tensor of `dtype`, rounded once, to nearest even.
+
+    NOTE: torch converts float64 to a 16-bit type by way of float32, which rounds twice. NumPy
+    rounds to float16 in one step. For bfloat16 the step to float32 rounds to odd, after which the second
+    rounding cannot go wrong: 24 bits are more than 8 + 2.
+    """
+    import torch
+
+    if dtype == torch.float16:
+        return torch.from_numpy(np.ascontiguousarray(x.astype(np.float16)))
+    if dtype == torch.bfloat16:
+        return torch.from_numpy(np.ascontiguousarray(_to_odd(x))).to(dtype)
+    return torch.from_numpy(np.ascontiguousarray(x)).to(dtype)
+
+
+def _to_odd(x: Float64) -> NDArray[np.float32]:
+    """Return float32 rounded to odd: exact values stay, others get a last bit of 1."""
+    near = x.astype(np.float32)
+    bits = np.atleast_1d(near).view(np.uint32)
+    error = np.atleast_1d(x) - np.atleast_1d(near).astype(np.float64)
+    is_even = (bits & 1) == 0
+    towards = np.where(error > 0, np.float32(np.inf), np.float32(-np.inf)).astype(np.float32)
+    odd = np.where((error != 0) & is_even, np.nextafter(np.atleast_1d(near), towards), near)
+    return np.asarray(odd.reshape(near.shape), np.float32)

@@ -1,0 +1,241 @@
+"""A stream: everything one layer holds of one role, and the moves between its parts.
+
+    positions   [0, n_sink)      sink     float32, kept for good
+                [n_sink, e)      pages    encoded, in whole groups
+                [e, length)      tail     float32, not encoded yet
+
+Whatever lies at or past a row's `length`, in the tail or in a page, is unfinished business that no
+kernel may read. An append writes there first and moves `length` and `encoded` last, so a refusal
+on the way leaves the stream as it was.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..ir.layouts import PageLayout
+from ..ir.plan import TABLE_BYTES, StreamPlan
+from .pages import PagePool
+
+Floats = NDArray[np.float32]
+Ints = NDArray[np.int64]
+
+_TAIL_MIN = 16  # tokens; a smaller tail would be moved at almost every append
+
+
+@dataclass(slots=True)
+class Stream:
+    """One role of one layer. Positions count from a row's first valid token.
+
+    Attributes:
+        plan: what is stored, and how.
+        layout: the bytes of a page; page i of a row holds positions n_sink + [i P, (i + 1) P).
+        pool: where pages come from, shared with other streams of the same page size.
+        sink: f32[B, H, n_sink, D].
+        tail: f32[B, H, capacity, D]; slot = position - tail_first[row].
+        tail_first: int64[B], position of slot 0; tail_first <= encoded.
+        table: int64[B, max_pages], index of each page in the pool, -1 where there is none.
+        encoded: int64[B], end of what the pages hold; never below n_sink.
+        length: int64[B], valid tokens.
+    """
+
+    plan: StreamPlan
+    layout: PageLayout
+    pool: PagePool
+    sink: Floats
+    tail: Floats
+    tail_first: Ints
+    table: Ints
+    encoded: Ints
+    length: Ints
+
+    @property
+    def pages(self) -> NDArray[np.uint8]:
+        """uint8[n_pages, page_bytes] of the pool, 64-byte aligned."""
+        return self.pool.pages
+
+    @property
+    def sinks(self) -> int:
+        """n_sink, the number of positions kept in `sink`."""
+        return self.plan.tokens.sink
+
+
+class Kernels(Protocol):
+    """What a target must be able to do. Bookkeeping and checks are the cache's.
+
+    Rows of int64[B] arguments may differ; a row for which there is nothing to do has count 0 or
+    begin = end.
+    """
+
+    def append(self, layer: int, stream: Stream, x: Floats, first: Ints, count: Ints) -> None:
+        """Apply the online maps to x [B, H, T, D] and store it as positions length, length + 1, ...
+
+        Row b's tokens are x[b, :, first[b] : first[b] + count[b]]. The tail is large enough.
+        Raises: KvantError "non-finite" before anything is stored.
+        """
+
+    def encode(self, layer: int, stream: Stream, begin: Ints, end: Ints) -> None:
+        """Encode positions [begin, end) from the tail into pages that the table already names."""
+
+    def attend(self, layer: int, q: Floats, k: Stream, v: Stream) -> tuple[Floats, Floats]:
+        """Return out f32[B, Hq, Tq, Dv] and lse f32[B, Hq, Tq] of q f32[B, Hq, Tq, D].
+
+        The queries are the last Tq positions of each row. A query before position 0 gives zeros
+        and -inf.
+        """
+
+
+def page_limit(plan: StreamPlan, max_tokens: int) -> int:
+    """Return the most pages a row of this stream can need."""
+    return -(-max(0, max_tokens - plan.tokens.sink) // plan.page_tokens)
+
+
+def new_stream(plan: StreamPlan, pool: PagePool, batch: int, max_tokens: int) -> Stream:
+    """Return an empty stream."""
+    sinks = plan.tokens.sink
+    return Stream(
+        plan=plan,
+        layout=plan.page_layout(),
+        pool=pool,
+        sink=np.zeros((batch, plan.heads, sinks, plan.channels), np.float32),
+        tail=np.zeros((batch, plan.heads, _TAIL_MIN, plan.channels), np.float32),
+        tail_first=np.full(batch, sinks, np.int64),
+        table=np.full((batch, max(1, page_limit(plan, max_tokens))), -1, np.int64),
+        encoded=np.full(batch, sinks, np.int64),
+        length=np.zeros(batch, np.int64),
+    )
+
+
+def due(stream: Stream, reserve: int) -> Ints:
+    """Return int64[B], how far each row must be encoded before the next token comes.
+
+    Args:
+        stream: the stream; its present length counts.
+        reserve: number of newest tokens that are kept as they came, beyond the plan's own.
+    """
+    tokens = stream.plan.tokens
+    ends = [tokens.encoded_end(max(0, length - reserve)) for length in stream.length.tolist()]
+    return np.maximum(np.asarray(ends, np.int64), stream.encoded)
+
+
+def pages_in_use(stream: Stream, encoded: Ints) -> Ints:
+    """Return int64[B], the pages each row needs to hold positions up to `encoded`."""
+    return -(-(encoded - stream.sinks) // stream.layout.tokens)
+
+
+def take_pages(stream: Stream, end: Ints) -> None:
+    """Extend the table so that every row has pages up to position `end`.
+
+    Raises: KvantError "cache-full"; pages taken until then are given back.
+    """
+    have, need = pages_in_use(stream, stream.encoded), pages_in_use(stream, end)
+    if (need == have).all():
+        return
+    try:
+        for row in range(len(have)):
+            for i in range(int(have[row]), int(need[row])):
+                stream.table[row, i] = stream.pool.take()
+    except BaseException:
+        drop_pages(stream, stream.encoded)
+        raise
+
+
+def drop_pages(stream: Stream, end: Ints) -> None:
+    """Give back every page of the table that no position before `end` needs."""
+    keep = pages_in_use(stream, end)
+    past = np.arange(stream.table.shape[1]) >= keep[:, None]
+    dropped = stream.table[past]
+    stream.table[past] = -1  # first, so that an interruption loses pages rather than shares them
+    stream.pool.give_back(dropped[dropped >= 0].tolist())
+
+
+def make_room(stream: Stream, new_length: Ints) -> None:
+    """Make the tail large enough for positions up to `new_length`; the content does not change."""
+    if int((new_length - stream.tail_first).max()) <= stream.tail.shape[2]:
+        return
+    need = int((new_length - stream.encoded).max())
+    _move_tail(stream, _room_for(need))
+
+
+def trim(stream: Stream) -> None:
+    """Give memory back where the tail is far larger than what is in it."""
+    live = int((stream.length - stream.encoded).max())
+    if stream.tail.shape[2] > 4 * _room_for(live):
+        _move_tail(stream, _room_for(live))
+
+
+def _room_for(live: int) -> int:
+    """Return a capacity with a quarter free, so that each token is moved a few times at most."""
+    return live + max(_TAIL_MIN, live // 4)
+
+
+def _move_tail(stream: Stream, capacity: int) -> None:
+    """Copy what is live to the front of a new tail."""
+    batch, heads, _, channels = stream.tail.shape
+    tail = np.zeros((batch, heads, capacity, channels), np.float32)
+    for row in range(batch):
+        live = max(0, int(stream.length[row] - stream.encoded[row]))
+        at = int(stream.encoded[row] - stream.tail_first[row])
+        tail[row, :, :live] = stream.tail[row, :, at : at + live]
+    first = stream.encoded.copy()
+    stream.tail, stream.tail_first = tail, first
+
+
+def can_cut(stream: Stream, length: Ints) -> bool:
+    """Return whether every row can be cut to `length`: raw, or between two groups."""
+    group = stream.plan.tokens.rest.group_tokens
+    inside = (length < stream.encoded) & (length > stream.sinks)
+    return not (inside & ((length - stream.sinks) % group != 0)).any()
+
+
+def cut(stream: Stream, length: Ints) -> None:
+    """Forget positions at and past `length`, where `can_cut` allows it."""
+    encoded = np.minimum(stream.encoded, np.maximum(length, stream.sinks))
+    first = np.where(encoded < stream.encoded, encoded, stream.tail_first)
+    stream.length, stream.encoded, stream.tail_first = (
+        np.minimum(length, stream.length),
+        encoded,
+        first,
+    )
+    drop_pages(stream, encoded)
+    trim(stream)
+
+
+def take_rows(stream: Stream, index: Ints) -> None:
+    """Make row i what row index[i] was. A page stays with the first row that wants it."""
+    used = pages_in_use(stream, stream.encoded)
+    owner = _owners(index)
+    old, table = stream.table, np.full_like(stream.table, -1)
+    gone = [row for row in range(len(index)) if row not in owner]
+    for row in gone:
+        stream.pool.give_back(old[row, : used[row]].tolist())
+    for row, source in enumerate(index.tolist()):
+        for i in range(int(used[source])):
+            page = int(old[source, i])
+            if owner[source] != row:
+                copy = stream.pool.take()
+                stream.pages[copy] = stream.pages[page]
+                page = copy
+            table[row, i] = page
+    stream.sink, stream.tail = stream.sink[index], stream.tail[index]
+    stream.tail_first, stream.encoded = stream.tail_first[index], stream.encoded[index]
+    stream.length, stream.table = stream.length[index], table
+
+
+def _owners(index: Ints) -> dict[int, int]:
+    """Return for each source row the row that gets its pages: itself if it can, else the first."""
+    owner: dict[int, int] = {}
+    for row, source in enumerate(index.tolist()):
+        if source not in owner or source == row:
+            owner[source] = row
+    return owner
+
+
+def stream_bytes(stream: Stream) -> int:
+    """Return the bytes in use: raw tokens in the plan's raw dtype, pages, and table entries."""
+    pages = int(pages_in_use(stream, stream.encoded).sum())
+    raw = np.minimum(stream.length, stream.sinks) + np.maximum(stream.length - stream.encoded, 0)
+    token = stream.plan.heads * stream.plan.channels * stream.plan.tokens.raw.itemsize
+    return int(raw.sum()) * token + pages * (stream.layout.page_bytes + TABLE_BYTES)

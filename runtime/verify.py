@@ -1,0 +1,212 @@
+"""Compare every kernel of an artifact with the reference, on this machine.
+
+Two questions that never share a tolerance:
+
+    stored    do append and encode write what the reference writes? The difference of the decoded
+              values, against the error that the encoding makes anyway.
+    computed  does attend compute what the stored bits say? The reference attends over the very
+              pages that the kernels wrote.
+
+Rows of different lengths, sinks, whole and partial pages, tails, and one and several queries take
+part; the random numbers are the same every time.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from ..ir.errors import KvantError
+from ..ir.maps import apply
+from ..ir.plan import AttentionPlan, StreamPlan
+from .artifact import Artifact, load, read_contents
+from .cache import Cache
+from .constants import Array
+from .launch_reference import Kernels as ReferenceKernels
+from .launch_reference import read_stream
+from .stream import Floats, Kernels, Stream
+
+BATCH = 2
+START = 3
+"""First valid column of the second row, so that the rows differ in length."""
+
+STORED_SHARE = 0.2
+"""Stored values may differ by this share of the encoding's own error (root mean square): a value
+that lies between two codes may fall on either side."""
+
+ATTEND_FLOAT = 5e-5
+ATTEND_INT = 2e-2
+"""Outputs may differ by this share of the largest value. Where q is rounded to integers, one code
+of q may fall on either side; that moves a score by up to one step."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """One layer of an artifact as a cache of its own, with kernels that may be others."""
+
+    id: str
+    plans: tuple[AttentionPlan, ...]
+    kernels: Kernels
+
+
+@dataclass(frozen=True, slots=True)
+class _Shifted:
+    """Kernels of one layer of an artifact, for a cache whose only layer is layer 0."""
+
+    kernels: Kernels
+    at: int
+
+    def append(self, layer: int, stream: Stream, x: Floats, first: Any, count: Any) -> None:
+        """See `stream.Kernels`."""
+        self.kernels.append(self.at + layer, stream, x, first, count)
+
+    def encode(self, layer: int, stream: Stream, begin: Any, end: Any) -> None:
+        """See `stream.Kernels`."""
+        self.kernels.encode(self.at + layer, stream, begin, end)
+
+    def attend(self, layer: int, q: Floats, k: Stream, v: Stream) -> tuple[Floats, Floats]:
+        """See `stream.Kernels`."""
+        return self.kernels.attend(self.at + layer, q, k, v)
+
+
+def verify(path: str | Path, target: str = "auto", id: str | None = None) -> dict[str, Any]:
+    """Check hashes, compatibility, constants, and every kernel against the reference.
+
+    Args:
+        path: folder of an artifact.
+        target: as for `load`.
+        id: as for `load`.
+
+    Returns: what was checked, and the largest errors seen, each as a share of what is allowed.
+    Raises: KvantError of `load`, or "kernel-disagrees".
+    """
+    artifact = load(path, target, id)
+    contents = read_contents(path, artifact.id)
+    reference = ReferenceKernels(artifact.plans, artifact.constants)
+    layers = _representatives(artifact)
+    stored, computed, cases = 0.0, 0.0, 0
+    for layer in layers:
+        for result in _check_layer(artifact, reference, layer, os.fspath(path)):
+            stored, computed = max(stored, result[0]), max(computed, result[1])
+            cases += 1
+    return {
+        "id": artifact.id,
+        "recipe": artifact.recipe,
+        "target": artifact.target,
+        "passed_over": artifact.passed_over,
+        "files": len(contents.files),
+        "bytes": sum(len(data) for data in contents.files.values()),
+        "layers": artifact.layer_count,
+        "plans": len({entry.plan for entry in artifact.layers}),
+        "layers_checked": list(layers),
+        "cases": cases,
+        "stored_share": stored,
+        "computed_share": computed,
+    }
+
+
+def _representatives(artifact: Artifact) -> tuple[int, ...]:
+    """Return the first and the last layer of each plan: they differ in nothing but constants."""
+    first: dict[str, int] = {}
+    last: dict[str, int] = {}
+    for entry in artifact.layers:
+        first.setdefault(entry.plan, entry.index)
+        last[entry.plan] = entry.index
+    return tuple(sorted({*first.values(), *last.values()}))
+
+
+def _check_layer(
+    artifact: Artifact, reference: Kernels, layer: int, where: str
+) -> list[tuple[float, float]]:
+    """Return (stored, computed) of each case of one layer, as shares of what is allowed."""
+    plan, constants = artifact.plans[layer], artifact.constants[layer]
+    rng = np.random.default_rng(layer)
+    caches = [
+        Cache(_Source(artifact.id, (plan,), _Shifted(kernels, layer)), BATCH, 1 << 20, [0, START])
+        for kernels in (artifact.kernels, reference)
+    ]
+    history: tuple[list[Floats], list[Floats]] = ([], [])
+    results = []
+    for tokens in _steps(plan):
+        k, v = (_values(rng, stream, tokens) for stream in (plan.k, plan.v))
+        history[0].append(k)
+        history[1].append(v)
+        for cache in caches:
+            cache.append(0, k, v)
+        shares = []
+        for i, stream in enumerate((plan.k, plan.v)):
+            given = apply(stream.maps, np.concatenate(history[i], axis=2), constants)
+            ours, theirs = (cache.layers[0].streams[i] for cache in caches)
+            shares.append(_stored_share(ours, theirs, given))
+        q = rng.standard_normal((BATCH, plan.q_heads, min(tokens, 5), plan.k.channels))
+        error = _computed_share(caches[0], reference, layer, plan, q.astype(np.float32))
+        results.append((max(shares), error))
+        if not max(shares) <= 1.0 or not error <= 1.0:
+            _disagrees(artifact, layer, caches[0].length, max(shares), error, where)
+    return results
+
+
+def _steps(plan: AttentionPlan) -> list[int]:
+    """Return sizes of appends that pass every boundary: sink, group, window, page, and one more."""
+    streams = (plan.k, plan.v)
+    raw = max(s.tokens.sink + s.tokens.recent for s in streams)
+    page = max(s.page_tokens for s in streams)
+    return [5, raw + page, 1, page + 7, 1]
+
+
+def _values(rng: np.random.Generator, stream: StreamPlan, tokens: int) -> Floats:
+    """Return keys or values with a few large channels, as real ones have, f32[B, H, T, D]."""
+    x = rng.standard_normal((BATCH, stream.heads, tokens, stream.channels))
+    x *= np.exp(rng.standard_normal((1, stream.heads, 1, stream.channels)))
+    return x.astype(np.float32)
+
+
+def _stored_share(ours: Stream, theirs: Stream, given: Array) -> float:
+    """Return the difference of what two streams hold, as a share of what is allowed."""
+    a, b = read_stream(ours), read_stream(theirs)
+    if a.shape != b.shape or not np.isfinite(a).all():
+        return float("inf")
+    padding = given.shape[2] - ours.length
+    exact = np.zeros_like(b)
+    for row, skip in enumerate(padding.tolist()):
+        exact[row, :, : given.shape[2] - skip] = given[row, :, skip:]
+    # Maps in float32 round by about 2^-22 of the largest value before anything is encoded.
+    allowed = STORED_SHARE * _rms(b - exact) + 2.0**-20 * float(np.abs(exact).max(initial=0.0))
+    return _rms(a - b) / allowed if allowed else 0.0
+
+
+def _computed_share(
+    cache: Cache, reference: Kernels, layer: int, plan: AttentionPlan, q: Floats
+) -> float:
+    """Return the error of attend over the same pages, as a share of what is allowed."""
+    k, v = cache.layers[0].streams
+    out, lse = cache.kernels.attend(0, q, k, v)
+    right, right_lse = reference.attend(layer, q, k, v)
+    if not (np.isfinite(out).all() and (np.isneginf(lse) == np.isneginf(right_lse)).all()):
+        return float("inf")
+    share = ATTEND_FLOAT if plan.compute == "float" else ATTEND_INT
+    seen = ~np.isneginf(right_lse)
+    worst = float(np.abs(out - right).max(initial=0.0))
+    worst_lse = float(np.abs(lse[seen] - right_lse[seen]).max(initial=0.0))
+    largest = float(np.abs(read_stream(v)).max(initial=1.0))
+    largest_lse = float(np.abs(right_lse[seen]).max(initial=1.0))
+    return max(worst / (share * largest), worst_lse / (share * max(1.0, largest_lse)))
+
+
+def _rms(x: Array) -> float:
+    return float(np.sqrt(np.mean(np.square(x)))) if x.size else 0.0
+
+
+def _disagrees(
+    artifact: Artifact, layer: int, length: int, stored: float, computed: float, where: str
+) -> NoReturn:
+    raise KvantError(
+        "kernel-disagrees",
+        f"the kernels of {artifact.target} differ from the reference in layer {layer} after "
+        f"{length} tokens: stored values by {stored:.3g} times what is allowed, outputs by "
+        f"{computed:.3g} times",
+        where=f"{where}/targets/{artifact.target}/{artifact.layers[layer].plan}",
+        fix="do not use this artifact on this machine; compile again, and report the lines above",
+    )

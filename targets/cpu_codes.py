@@ -1,0 +1,166 @@
+"""Reading one page: the text of a code, a scale and a zero point of every format.
+
+A channel is named by its plane i and its place w in the plane: channel = i * plane + w (layouts.py).
+Every format then reads as
+
+    x^[t, c] = code(t, c) * scale + zero
+
+where the offset of a symmetric or block floating point code is folded into zero.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import gcd
+
+import numpy as np
+
+from ..ir.encodings import Bfp, Int, Raw
+from ..ir.layouts import Field, PageLayout, code_bits
+from .cpu_text import Kernel, at, bits_as, cast, kind, number, splat
+
+PARAMS = {"f16": "float16", "bf16": "uint16", "f32": "float32"}
+
+
+@dataclass(frozen=True, slots=True)
+class PageReader:
+    """Text that reads the present page of a stream.
+
+    Attributes:
+        layout: of the page.
+        role: "k" or "v", the prefix of every name.
+    """
+
+    layout: PageLayout
+    role: str
+
+    @property
+    def planes(self) -> int:
+        """Chunks of channels that share a byte; 3-bit codes have eight, of which pairs share."""
+        fmt = self.layout.format
+        if isinstance(fmt, Raw):
+            return 1
+        return 8 if code_bits(fmt) == 3 else 8 // code_bits(fmt)
+
+    @property
+    def plane(self) -> int:
+        """Channels of a plane."""
+        return self.layout.channels // self.planes
+
+    @property
+    def group(self) -> int:
+        """Channels that share a scale: 1 with one for each channel, all of them for raw."""
+        match self.layout.format:
+            case Int() as fmt:
+                return fmt.group_channels
+            case Bfp() as fmt:
+                return fmt.block
+            case Raw():
+                return self.layout.channels
+
+    @property
+    def groups(self) -> int:
+        """Scales of one token, where scales are of tokens."""
+        return self.layout.channels // self.group
+
+    @property
+    def per_channel(self) -> bool:
+        """Whether a scale belongs to one channel of a group of tokens."""
+        fmt = self.layout.format
+        return isinstance(fmt, Int) and fmt.axis == "channel"
+
+    @property
+    def lanes(self) -> int:
+        """Channels that are read at once: at most 8, inside one plane and one group."""
+        group = self.plane if self.per_channel else self.group
+        return gcd(8, gcd(self.plane, group))
+
+    def arrays(self, kernel: Kernel) -> None:
+        """Declare the typed views of the pages that this format reads."""
+        for field in self.layout.fields:
+            kernel.array(f"{self.role}_{field.dtype}", field.dtype)
+
+    def open_page(self, kernel: Kernel, page: str) -> None:
+        """Bind where each field of head h of a page begins, in elements of the field."""
+        layout, role = self.layout, self.role
+        kernel.let(f"{role}_block", f"{page} * {layout.page_bytes} + h * {layout.head_bytes}")
+        for field in layout.fields:
+            size = np.dtype(field.dtype).itemsize
+            start = f"{role}_block + {field.offset}"
+            shift = size.bit_length() - 1
+            value = f"T.shift_right({start}, T.int64({shift}))" if shift else start
+            kernel.let(f"{role}_{field.name}", value)
+
+    def value(self, t: str, i: str, w: str) -> str:
+        """Return `lanes` codes of token t as f32 (the values themselves of a raw format)."""
+        fmt, n = self.layout.format, self.lanes
+        if isinstance(fmt, Raw):
+            return as_f32(self._read("values", t, w, n), fmt.dtype, n)
+        bits = code_bits(fmt)
+        if bits == 8:
+            return cast("float32", self._read("codes", t, w, n), n)
+        if bits != 3:
+            return cast("float32", _field(self._read("codes", t, w, n), f"{bits} * ({i})", bits, n), n)
+        # 3 bit: eight planes of C/8; two of them lie behind one another in the bytes of two bits.
+        low_at = f"({i}) % 2 * {self.plane} + {w}"
+        low = _field(self._read("codes", t, low_at, n), f"({i}) // 2 * 2", 2, n)
+        high = _field(self._read("high", t, w, n), i, 1, n)
+        return cast("float32", f"({low} + {high} * {splat('T.uint8(4)', n)})", n)
+
+    def codes(self, t: str, byte: str, lanes: int, i: int) -> str:
+        """Return `lanes` codes of plane i as bytes, of 4 or 8 bits."""
+        raw = self._read("codes", t, byte, lanes)
+        bits = code_bits(self._coded())
+        return raw if bits == 8 else _field(raw, f"{4 * i}", 4, lanes)
+
+    def scale(self, row: str, column: str, lanes: int) -> str:
+        """Return scales of neighbours in a row of the parameters, f32."""
+        fmt = self._coded()
+        if isinstance(fmt, Int):
+            return as_f32(self._read("scale", row, column, lanes), fmt.params, lanes)
+        # The byte is the exponent field of an f32; 0 is zero and makes the whole block zero.
+        wide = cast("int32", self._read("exponent", row, column, lanes), lanes)
+        bits = f"T.shift_left({wide}, {splat('T.int32(23)', lanes)})"
+        power = bits_as("float32", bits, lanes)
+        return f"({power} * {number(2.0 ** (2 - fmt.mantissa), lanes)})"
+
+    def zero(self, row: str, column: str, lanes: int, scale: str) -> str:
+        """Return what is added to code * scale."""
+        fmt = self._coded()
+        if isinstance(fmt, Bfp) or fmt.zero == "none":
+            return f"({scale} * {number(-(2.0 ** (code_bits(fmt) - 1)), lanes)})"
+        zero = as_f32(self._read("zero", row, column, lanes), fmt.params, lanes)
+        return zero if fmt.zero == "float" else f"({zero} * ({number(-1.0, lanes)} * {scale}))"
+
+    def _coded(self) -> Int | Bfp:
+        if isinstance(self.layout.format, Raw):
+            raise TypeError("a raw format has no codes")
+        return self.layout.format
+
+    def _field(self, name: str) -> Field:
+        return next(field for field in self.layout.fields if field.name == name)
+
+    def _read(self, name: str, row: str, column: str, lanes: int) -> str:
+        field = self._field(name)
+        index = f"{self.role}_{name} + ({row}) * {field.shape[1]} + {column}"
+        return at(f"{self.role}_{field.dtype}", index, lanes)
+
+
+def as_f32(stored: str, dtype: str, lanes: int) -> str:
+    """Return a stored f16, bf16 or f32 as f32; exact."""
+    if dtype == "f32":
+        return stored
+    if dtype == "f16":
+        return cast("float32", stored, lanes)
+    wide = cast("uint32", stored, lanes)
+    return bits_as("float32", f"T.shift_left({wide}, {splat('T.uint32(16)', lanes)})", lanes)
+
+
+def _field(raw: str, shift: str, bits: int, lanes: int) -> str:
+    """Return `bits` bits of each byte, from bit `shift` on."""
+    amount = splat(f'T.Cast("uint8", {shift})', lanes)
+    mask = splat(f"T.uint8({2**bits - 1})", lanes)
+    return f"T.bitwise_and(T.shift_right({raw}, {amount}), {mask})"
+
+
+__all__ = ["PARAMS", "PageReader", "as_f32", "kind"]

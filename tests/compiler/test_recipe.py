@@ -1,0 +1,159 @@
+"""Recipes are data, and silence is a bug."""
+
+from pathlib import Path
+
+import pytest
+
+from kvant.compiler import recipe as recipes
+from kvant.ir.encodings import Bfp, Int, Tokens
+from kvant.ir.errors import KvantError
+
+BASE = {
+    "name": "mine",
+    "k": {"format": "int", "bits": 4, "axis": "token", "group": "head"},
+    "v": {"format": "bf16"},
+}
+
+
+def refusal(data: dict) -> KvantError:
+    with pytest.raises(KvantError) as caught:
+        recipes.parse(data, "mine.toml")
+    return caught.value
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_every_recipe_of_ours_binds_to_heads_of_64_and_128(name: str) -> None:
+    recipe, text = recipes.load(name)
+    assert recipe.name == name
+    assert recipe.summary
+    assert recipe.source
+    assert f'name = "{name}"' in text
+    for channels in (64, 128):
+        assert isinstance(recipes.tokens(recipe.k, channels, "k"), Tokens)
+        assert isinstance(recipes.tokens(recipe.v, channels, "v"), Tokens)
+
+
+def test_the_names_of_the_contract() -> None:
+    expected = "int4-token int8-token kivi-2bit kivi-4bit ksort-bfp qserve-kv4 quarot-kv4"
+    assert set(expected.split()) <= set(recipes.names())
+    assert recipes.DEFAULT == "kivi-4bit"
+
+
+def test_kivi_is_what_the_paper_says() -> None:
+    recipe, _ = recipes.load("kivi-2bit")
+    k, v = (recipes.tokens(s, 64, "t") for s in (recipe.k, recipe.v))
+    assert k == Tokens(rest=Int(2, "channel", 32, "float"), recent=128, flush="block")
+    assert v == Tokens(rest=Int(2, "token", 32, "float"), recent=128, flush="group")
+
+
+def test_ksort_is_what_the_paper_says() -> None:
+    recipe, _ = recipes.load("ksort-bfp")
+    assert [r.name for r in recipe.rewrite] == ["sort-k"]
+    assert recipes.tokens(recipe.k, 64, "t").rest == Bfp(4, 32)
+
+
+def test_head_means_the_whole_head() -> None:
+    recipe = recipes.parse(BASE, "mine.toml")
+    assert recipes.tokens(recipe.k, 80, "t").rest == Int(4, "token", 80, "float")
+
+
+def test_unknown_recipe_names_the_nearest() -> None:
+    with pytest.raises(KvantError) as caught:
+        recipes.load("kivi-3bit")
+    error = caught.value
+    assert error.code == "unknown-recipe"
+    assert error.what == "there is no recipe 'kivi-3bit'"
+    assert error.fix == (
+        "did you mean: kivi-4bit, kivi-2bit, int8-token? `kvant show recipes` lists all; "
+        "a path must end in .toml"
+    ) or error.fix.startswith("did you mean: kivi-")
+
+
+def test_missing_file() -> None:
+    with pytest.raises(KvantError) as caught:
+        recipes.load("nowhere.toml")
+    assert caught.value.code == "recipe-unreadable"
+    assert caught.value.what == "the recipe file cannot be read: FileNotFoundError"
+
+
+def test_not_toml(tmp_path: Path) -> None:
+    file = tmp_path / "bad.toml"
+    file.write_text("k = = 3")
+    with pytest.raises(KvantError) as caught:
+        recipes.load(file)
+    assert caught.value.code == "recipe-syntax"
+
+
+def test_unknown_key_at_the_top() -> None:
+    error = refusal(BASE | {"rewrites": []})
+    assert error.code == "unknown-key"
+    assert error.what == "unknown key 'rewrites'"
+    assert error.where == "mine.toml: rewrites"
+    assert error.fix == (
+        "did you mean rewrite? known keys: name, summary, source, compute, rewrite, k, v, rule"
+    )
+
+
+def test_unknown_key_in_a_stream() -> None:
+    error = refusal(BASE | {"k": BASE["k"] | {"gruop": 32}})
+    assert error.what == "unknown key 'gruop'"
+    assert error.where == "mine.toml: k.gruop"
+    assert error.fix.startswith("did you mean group? known keys: sink, recent, flush, format")
+
+
+def test_value_out_of_range() -> None:
+    error = refusal(BASE | {"k": BASE["k"] | {"bits": 9}})
+    assert error.code == "recipe-value"
+    assert error.what == "k.bits: input should be less than or equal to 8, got 9"
+
+
+def test_unknown_pass() -> None:
+    error = refusal(BASE | {"rewrite": [{"pass": "chanel-reorder"}]})
+    assert error.code == "unknown-pass"
+    assert error.what == "there is no pass 'chanel-reorder'"
+    assert error.where == "mine.toml: rewrite 1"
+    assert error.fix.startswith("use one of: ")
+
+
+def test_group_must_divide() -> None:
+    recipe = recipes.parse(BASE | {"k": BASE["k"] | {"group": 48}}, "mine.toml")
+    with pytest.raises(KvantError) as caught:
+        recipes.tokens(recipe.k, 64, "mine.toml: k")
+    assert caught.value.code == "group-does-not-divide"
+
+
+@pytest.mark.parametrize(
+    ("selector", "expected"),
+    [("0", {0}), ("-1", {9}), ("0-2, 7, -1", {0, 1, 2, 7, 9}), ("8-20", {8, 9})],
+)
+def test_selectors(selector: str, expected: set[int]) -> None:
+    assert recipes.matching_layers(selector, 10, "r") == expected
+
+
+def test_selector_syntax() -> None:
+    with pytest.raises(KvantError) as caught:
+        recipes.matching_layers("first", 10, "r")
+    assert caught.value.what == "'first' is not a layer or a range of layers"
+
+
+def test_rule_that_matches_nothing() -> None:
+    recipe = recipes.parse(BASE | {"rule": [{"layers": "30-40", "k": {"format": "f16"}}]}, "m")
+    with pytest.raises(KvantError) as caught:
+        recipes.streams_of(recipe, 30, "m")
+    assert caught.value.code == "rule-matches-nothing"
+    assert caught.value.what == "layers '30-40' match none of the model's 30 layers"
+
+
+def test_first_rule_wins_and_a_hidden_rule_is_an_error() -> None:
+    rules = [{"layers": "0", "k": {"format": "f16"}}, {"layers": "0-1", "v": {"format": "f16"}}]
+    recipe = recipes.parse(BASE | {"rule": rules}, "m")
+    chosen = recipes.streams_of(recipe, 3, "m")
+    assert [(k.format, v.format) for k, v in chosen] == [
+        ("f16", "bf16"),
+        ("int", "f16"),
+        ("int", "bf16"),
+    ]
+    hidden = recipes.parse(BASE | {"rule": [*rules, {"layers": "1", "k": {"format": "f32"}}]}, "m")
+    with pytest.raises(KvantError) as caught:
+        recipes.streams_of(hidden, 3, "m")
+    assert caught.value.what == "every layer of '1' is taken by an earlier rule"
