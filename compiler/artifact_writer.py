@@ -8,7 +8,7 @@ import hashlib
 import importlib.metadata
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -31,7 +31,9 @@ from ..runtime.manifest import (
 from ..runtime.plan_file import LayerEntry, write_plan
 from ..runtime.publish import publish_folder, refuse_existing
 from ..runtime.strict_json import Json, canonical
-from .capture import Layer, Model
+
+if TYPE_CHECKING:
+    from .capture import Layer, Model
 
 __all__ = ["refuse_existing", "write_artifact"]
 
@@ -50,7 +52,7 @@ class Variant(Protocol):
         """The plan read off it."""
 
     @property
-    def layers(self) -> tuple[Layer, ...]:
+    def layers(self) -> "tuple[Layer, ...]":
         """The layers."""
 
 
@@ -73,7 +75,7 @@ class Build(Protocol):
 def write_artifact(
     out: Path,
     *,
-    model: Model,
+    model: "Model",
     recipe: str,
     recipe_toml: str,
     variants: Sequence[Variant],

@@ -6,6 +6,7 @@ transformers. Everything a user can get wrong about a model is refused here, by 
 
 import copy
 import difflib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,9 +16,19 @@ from numpy.typing import NDArray
 
 from ..ir.errors import KvantError
 from .extras import find_packaged_smollm2, need
-from .weights import GgufWeights, ModuleWeights, SafetensorsWeights, Weights, unreadable
+from .weights import (
+    GgufWeights,
+    ModuleWeights,
+    SafetensorsWeights,
+    Weights,
+    is_pickle,
+    pickled,
+    unreadable,
+)
 
 __all__ = ["ModelSource", "find_packaged_smollm2", "need", "open_model"]
+
+_LOCAL = {"local_files_only": True, "trust_remote_code": False}
 
 
 @dataclass(slots=True)
@@ -83,19 +94,26 @@ class ModelSource:
         kind = getattr(torch, dtype)
         if self.path is None:
             return copy.deepcopy(self._module).to(device="cpu", dtype=kind).eval()
-        from transformers import AutoModelForCausalLM
-
-        folder, options = _pretrained(self.path)
+        held = {name for name, _ in self.structure().named_parameters()}
         try:
+            if self.kind == "gguf" and held == set(self.names()):
+                return self._assembled(kind)
+            folder, options = _pretrained(self.path)
+            from transformers import AutoModelForCausalLM
+
             model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=kind, local_files_only=True, **options
+                folder, dtype=kind, use_safetensors=True, **options, **_LOCAL
             )
         except Exception as error:
             raise unreadable(self.path, error) from error
-        if self.kind == "gguf":  # dequantized: the rest of the library must not take it as packed
-            model.hf_quantizer = None
-            vars(model.config).pop("quantization_config", None)
         return model.eval()
+
+    def _assembled(self, dtype: Any) -> Any:
+        """Return the model from our reader: transformers' reads a GGUF file three times over."""
+        torch = need("torch", "transformers")
+        state = {name: torch.from_numpy(self.weight(name)).to(dtype) for name in self.names()}
+        kind, config = type(self.structure()), copy.deepcopy(self.config)
+        return kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype).eval()
 
     def tokenizer(self) -> Any:
         """Return the tokenizer. Raises: KvantError ("no-tokenizer")."""
@@ -106,7 +124,7 @@ class ModelSource:
             if self.path is None:
                 raise ValueError("a torch module has none")
             folder, options = _pretrained(self.path)
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True, **options)
+            return AutoTokenizer.from_pretrained(folder, **options, **_LOCAL)
         except Exception as error:
             raise KvantError(
                 "no-tokenizer",
@@ -121,7 +139,7 @@ def open_model(model: Any) -> ModelSource:
 
     Raises: KvantError "model-missing", "model-unreadable", "pickle-weights", "shards-missing",
         "unsupported-architecture", "quantized-weights", "adapted-weights", "offloaded-weights",
-        "unsupported-model" or "missing-extra".
+        "unsupported-projection", "unsupported-model" or "missing-extra".
     """
     if hasattr(model, "named_parameters"):
         return _open_module(model)
@@ -133,20 +151,23 @@ def open_model(model: Any) -> ModelSource:
             fix="give a Hugging Face folder, a .gguf file or a transformers model",
         )
     path = Path(model).expanduser()
-    if not path.exists():
-        raise KvantError(
-            "model-missing",
-            f"there is no file or folder {str(model)!r}",
-            where="the model argument",
-            fix="give a path that exists; kvant downloads nothing (for a model of the hub: "
-            "hf download NAME --local-dir FOLDER)",
-        )
-    return _open_folder(path) if path.is_dir() else _open_gguf(path)
+    if path.is_dir():
+        return _open_folder(path)
+    if path.is_file():
+        return _open_gguf(path)
+    raise KvantError(
+        "model-missing",
+        f"there is no file or folder {str(model)!r}",
+        where="the model argument",
+        fix="give a path that exists; kvant downloads nothing (for a model of the hub: "
+        "hf download NAME --local-dir FOLDER)",
+    )
 
 
 def _open_folder(path: Path) -> ModelSource:
     need("torch", "transformers", "safetensors")
-    if not (path / "config.json").is_file():
+    file = path / "config.json"
+    if not file.is_file():
         raise KvantError(
             "model-missing",
             "the folder has no config.json",
@@ -154,32 +175,32 @@ def _open_folder(path: Path) -> ModelSource:
             fix="give the folder that a model was saved to, or a .gguf file",
         )
     if (path / "adapter_config.json").exists():
-        raise _adapted("adapter_config.json is a LoRA adapter", str(path))
-    config = _config(path)
-    quantized = getattr(config, "quantization_config", None)
+        raise _adapted("the folder holds a LoRA adapter (adapter_config.json)", str(path))
+    try:
+        stated = json.loads(file.read_bytes())
+        kind, quantized = stated["model_type"], stated.get("quantization_config")
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise unreadable(file, error) from error
     if quantized:
-        as_dict = quantized if isinstance(quantized, dict) else quantized.to_dict()
-        method = as_dict.get("quant_method", "unknown method")
-        raise _quantized(f"the checkpoint is quantized ({method})", str(path))
+        raise KvantError(
+            "quantized-weights",
+            f"the checkpoint is quantized ({quantized.get('quant_method', 'unknown method')})",
+            where=str(file),
+            fix="give the model before its weights were quantized, or a .gguf file",
+        )
+    from transformers import CONFIG_MAPPING
+
+    if kind not in CONFIG_MAPPING:
+        raise _unsupported(f"no model type {kind!r}", str(file))
     weights = SafetensorsWeights(path)
-    return ModelSource(path.resolve().name, config, "folder", path, weights)
+    return ModelSource(path.resolve().name, _config(path), "folder", path, weights)
 
 
 def _open_gguf(path: Path) -> ModelSource:
+    if is_pickle(path):
+        raise pickled(path)
     need("torch", "transformers", "gguf", "accelerate")
-    if path.suffix in (".bin", ".pt", ".pth", ".safetensors"):
-        raise unreadable(path, "weights alone are not a model; give the folder with config.json")
     weights = GgufWeights(path)
-    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
-
-    if weights.architecture not in GGUF_SUPPORTED_ARCHITECTURES:
-        raise KvantError(
-            "unsupported-architecture",
-            f"transformers cannot load GGUF files of architecture {weights.architecture!r}",
-            where=str(path),
-            fix="give the model as a Hugging Face folder, or one of: "
-            + ", ".join(sorted(GGUF_SUPPORTED_ARCHITECTURES)),
-        )
     config = _config(path)
     weights.prepare(config)
     return ModelSource(path.stem, config, "gguf", path, weights)
@@ -208,10 +229,16 @@ def _check_projections(prefix: str, attention: Any) -> None:
     torch = need("torch", "transformers")
     from transformers.pytorch_utils import Conv1D
 
+    plain = (torch.nn.Linear, Conv1D)
+    floats = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     for name, part in attention.named_modules():
-        full, kind = prefix + name, type(part)
-        if hasattr(part, "base_layer") or any(n.startswith("lora_") for n, _ in part.named_children()):
-            raise _adapted(f"{full} is a {kind.__name__} with an adapter", full)
+        full, kind = prefix + name, type(part).__name__
+        if hasattr(part, "base_layer") or any(
+            n.startswith("lora_") for n, _ in part.named_children()
+        ):
+            raise _adapted(f"{full} is a {kind} with an adapter", full)
+        if isinstance(getattr(part, "qweight", None), torch.Tensor):
+            raise _not_plain(f"{full} is a {kind} with packed weights", full)
         for own, param in part.named_parameters(recurse=False):
             if param.is_meta:
                 raise KvantError(
@@ -220,19 +247,17 @@ def _check_projections(prefix: str, attention: Any) -> None:
                     where=full,
                     fix="load the model without device_map offloading",
                 )
-            plain = param.dim() < 2 or kind in (torch.nn.Linear, Conv1D)
-            if not (plain and type(param) is torch.nn.Parameter and param.is_floating_point()):
-                raise _quantized(f"{full} is a {kind.__name__} of {param.dtype}", full)
-        if part.__dict__.get("qweight") is not None or "qweight" in dict(part.named_buffers()):
-            raise _quantized(f"{full} is a {kind.__name__}", full)
+            fits = param.dim() < 2 or type(part) in plain
+            if not (fits and type(param) is torch.nn.Parameter and param.dtype in floats):
+                raise _not_plain(f"{full} is a {kind} that holds {param.dtype}", full)
 
 
-def _quantized(what: str, where: str) -> KvantError:
+def _not_plain(what: str, where: str) -> KvantError:
     return KvantError(
-        "quantized-weights",
-        f"{what}; kvant rewrites projections and needs them in floating point",
+        "unsupported-projection",
+        f"{what}; kvant rewrites projections: plain Linear or Conv1D in floating point",
         where=where,
-        fix="give the model before its weights were quantized, or a .gguf file",
+        fix="give the model before its weights were quantized",
     )
 
 
@@ -255,11 +280,7 @@ def _config(path: Path) -> Any:
 
     folder, options = _pretrained(path)
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, **options)
-    except ValueError as error:
-        if "model type" not in str(error):
-            raise unreadable(path, error) from error
-        raise _unsupported(str(error).splitlines()[0], str(path)) from error
+        return AutoConfig.from_pretrained(folder, **options, **_LOCAL)
     except Exception as error:
         raise unreadable(path, error) from error
 

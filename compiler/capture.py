@@ -12,6 +12,7 @@ import inspect
 import json
 import linecache
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -184,7 +185,7 @@ def export_attention(attention: Any, name: str) -> Graph:
             raise KvantError(
                 "export-failed",
                 f"torch.export of {type(attention).__name__} failed: {_first_line(error)}",
-                where=site.shown,
+                where=_last_line(error, site),
                 fix="this attention module does not take (hidden states, cos and sin, a cache) "
                 "as other models do; leave this model out",
             ) from error
@@ -193,6 +194,13 @@ def export_attention(attention: Any, name: str) -> Graph:
 
 def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().split(chr(10))[0]}"
+
+
+def _last_line(error: Exception, site: Site) -> str:
+    """Return the model's own line at which an exception passed, or its file."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [f"{site.shown}:{f.lineno}: {f.line}" for f in frames if f.filename == site.file]
+    return lines[-1] if lines else site.shown
 
 
 def _source_of(attention: Any) -> tuple[str, str]:
@@ -207,8 +215,9 @@ def _relative(module: str, code: Any) -> str:
 
 
 def _probe(attention: Any) -> Any:
-    """Return a module that calls the attention as its decoder layer does, tensors in, tensor out."""
-    torch = need("torch", "transformers")
+    """Return a module that calls the attention as its decoder layer does, on tensors alone."""
+    need("torch", "transformers")
+    import torch
     from transformers.cache_utils import Cache
 
     takes = inspect.signature(attention.forward).parameters
@@ -354,5 +363,5 @@ def _refuse(code: str, does: str) -> None:
         code,
         f"the model {does}, which kvant cannot compile yet",
         where=f"{shown}:{frame.f_lineno}: {text}",
-        fix="use a model without it; kvant compiles causal attention with scale, window and softcap",
+        fix="use a model without it; kvant takes causal attention with scale, window, softcap",
     )

@@ -92,7 +92,7 @@ def compile(
     clock.stage("capture")
     source = None if isinstance(model, Shape) else open_model(model)
     captured = shape_model(model) if isinstance(model, Shape) else capture(_opened(source))
-    path = Path(out) if out is not None else Path(f"{captured.name}-{chosen.name}.kvant")
+    path = Path(out or f"{captured.name}-{chosen.name}.kvant")
     refuse_existing(path)
     clock.stage("rewrite")
     variants = rewrite(captured, chosen, dump=None if dump_ir is None else Path(dump_ir))
@@ -100,11 +100,7 @@ def compile(
     clock.stage("constants")
     constants = _constants(variants, source, stats)
     clock.stage("kernels")
-    plans = list(dict.fromkeys(variant.plan for variant in variants))
-    binaries = {
-        name: {f"p{i}": target.build(plan) for i, plan in enumerate(plans)}
-        for name, target in resolved.items()
-    }
+    plans, binaries = _kernels(variants, resolved)
     clock.stage("write")
     identity = write_artifact(
         path,
@@ -120,6 +116,17 @@ def compile(
     )
     clock.stop()
     return load(path, target=next(iter(resolved)), id=identity)
+
+
+def _kernels(
+    variants: tuple[Variant, ...], targets: Mapping[str, Target]
+) -> tuple[list[AttentionPlan], dict[str, dict[str, Build]]]:
+    """Return the distinct plans, and what each target made of each of them."""
+    plans = list(dict.fromkeys(variant.plan for variant in variants))
+    return plans, {
+        name: {f"p{i}": target.build(plan) for i, plan in enumerate(plans)}
+        for name, target in targets.items()
+    }
 
 
 def _opened(source: ModelSource | None) -> ModelSource:

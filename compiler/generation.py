@@ -29,16 +29,8 @@ def generate(
     Raises: KvantError if the artifact does not belong to the model.
     """
     import torch
-    from transformers import TextStreamer
 
     from ..runtime.huggingface import attach, detach
-
-    class Pieces(TextStreamer):
-        """Hands each finished piece of text to the caller."""
-
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            if on_text is not None:
-                on_text(text)
 
     model, cache = attach(source.load("float32"), artifact)
     tokenizer = source.tokenizer()
@@ -50,7 +42,7 @@ def generate(
             past_key_values=cache,
             max_new_tokens=tokens,
             do_sample=False,
-            streamer=Pieces(tokenizer, skip_prompt=True),
+            streamer=None if on_text is None else _streamer(tokenizer, on_text),
             pad_token_id=tokenizer.eos_token_id,
         )
     seconds = time.perf_counter() - begin
@@ -65,3 +57,14 @@ def generate(
     }
     detach(model)
     return result
+
+
+def _streamer(tokenizer: Any, on_text: Callable[[str], None]) -> Any:
+    """Return what `generate` hands each finished piece of text to."""
+    from transformers import TextStreamer
+
+    class Pieces(TextStreamer):  # type: ignore[misc]
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            on_text(text)
+
+    return Pieces(tokenizer, skip_prompt=True)

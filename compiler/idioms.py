@@ -84,8 +84,9 @@ def merges_heads(node: Node) -> bool:
     if not is_op(node, *VIEWS) or len(sizes(node.args[0])) != 4:
         return False
     *outer, heads, width = sizes(node.args[0])
-    both = isinstance(heads, int) and isinstance(width, int)
-    return both and sizes(node) == (*outer, heads * width)
+    if isinstance(heads, int) and isinstance(width, int):
+        return sizes(node) == (*outer, heads * width)
+    return False
 
 
 def conv1d(node: Node) -> tuple[Node, Node, Node] | None:
@@ -103,11 +104,11 @@ def conv1d(node: Node) -> tuple[Node, Node, Node] | None:
 def cut(node: Node) -> tuple[Node, int, int] | None:
     """Match x[..., start:stop], as a slice or as an item of a split: return (x, start, stop)."""
     if is_op(node, "<built-in function getitem>"):
-        return _item(*node.args)
+        return _item(node.args[0], node.args[1])
     if not is_op(node, "aten.slice.Tensor"):
         return None
-    defaults = (None, 0, None, None, 1)
-    x, axis, start, stop, step = (*node.args, *defaults[len(node.args) :])
+    given = list(node.args)
+    x, axis, start, stop, step = given + [None, 0, None, None, 1][len(given) :]
     width = sizes(x)[-1]
     if not is_last(x, axis) or step != 1 or not isinstance(width, int):
         return None

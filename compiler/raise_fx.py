@@ -1,8 +1,8 @@
 """Raise a torch.export program of one attention module into a graph.
 
 Demand-driven: start at the output and recognise one idiom after the other. What an idiom eats is
-never emitted, nothing is left half raised, and an op that no rule takes stops with the model's own
-source line. Types in the graph are f32 whatever the model's dtype: its meaning is over real numbers.
+never emitted, nothing is left half raised, and an op that no rule takes stops with the model's
+own source line. Types are f32 whatever the model's dtype: a graph's meaning is over real numbers.
 
 `heads` raises a node that lies as [B, T, H, D]; `value` raises any other. Both give heads in
 [B, H, T, D], so the model's transposes vanish and a norm or RoPE may stand on either side of one.
@@ -151,7 +151,13 @@ def _parameter(r: Raise, node: Node) -> Value:
 
 def _linear(r: Raise, node: Node) -> Value:
     x, *params = node.args
-    return r.emit(node, "linear", value(r, x), *(_parameter(r, p) for p in params if p is not None))
+    source = value(r, x)
+    weights = [_parameter(r, p) for p in params if p is not None]
+    return _project(r, node, source, weights, weights[0].name)
+
+
+def _project(r: Raise, node: Node, x: Value, weights: list[Value], name: str) -> Value:
+    return r.emit(node, "linear", x, *weights, hint=name.removesuffix("_weight"))
 
 
 def _cut(r: Raise, node: Node) -> Value | None:
@@ -161,22 +167,30 @@ def _cut(r: Raise, node: Node) -> Value | None:
         return None
     fused, start, stop = peel(found[0]), *found[1:]
     if (conv := idioms.conv1d(fused)) is not None:
-        x, w, bias = conv
-        weights = [r.emit(node, "transpose_w", _parameter(r, w)), _parameter(r, bias)]
+        source = value(r, conv[0])
+        weights = [_transposed(r, node, conv[1]), _parameter(r, conv[2])]
     elif is_op(fused, "aten.linear.default"):
-        x = fused.args[0]
+        source = value(r, fused.args[0])
         weights = [_parameter(r, p) for p in fused.args[1:] if p is not None]
     else:
         return None
-    rows = [r.emit(node, "slice_rows", w, start=start, stop=stop) for w in weights]
-    return r.emit(node, "linear", value(r, x), *rows)
+    rows = [r.emit(node, "slice_rows", w, hint=w.name, start=start, stop=stop) for w in weights]
+    return _project(r, node, source, rows, weights[0].name)
+
+
+def _transposed(r: Raise, node: Node, weight: Node) -> Value:
+    param = _parameter(r, weight)
+    key = (peel(weight), "transposed")
+    if key not in r.made:
+        r.made[key] = r.emit(node, "transpose_w", param, hint=param.name)
+    return r.made[key]
 
 
 def _view(r: Raise, node: Node) -> Value | None:
     if (conv := idioms.conv1d(node)) is not None:
-        x, w, bias = conv
-        weight = r.emit(node, "transpose_w", _parameter(r, w))
-        return r.emit(node, "linear", value(r, x), weight, _parameter(r, bias))
+        source = value(r, conv[0])
+        weights = [_transposed(r, node, conv[1]), _parameter(r, conv[2])]
+        return _project(r, node, source, weights, weights[0].name)
     if idioms.merges_heads(node):
         return r.emit(node, "merge_heads", heads(r, node.args[0]))
     return None
@@ -204,9 +218,7 @@ def _torch_norm(r: Raise, node: Node) -> Value | None:
     return r.emit(node, "rms_norm", value(r, x), _parameter(r, weight), eps=float(eps), offset=0.0)
 
 
-def _rope(
-    r: Raise, node: Node, raised: Callable[[Raise, Node], Value], axis: int
-) -> Value | None:
+def _rope(r: Raise, node: Node, raised: Callable[[Raise, Node], Value], axis: int) -> Value | None:
     found = idioms.rotates(node, axis)
     if found is None:
         return None
@@ -218,8 +230,10 @@ def _cache_write(r: Raise, node: Node) -> Value:
     x, _, role = node.args
     r.written.add(node)
     store = Tokens(rest=Raw("f32"))
-    cache = r.emit(node, "cache_write", value(r, x), basis=(), role=role, store=store)
-    return r.emit(node, "cache_read", cache)
+    cache = r.emit(
+        node, "cache_write", value(r, x), hint=f"{role}_cache", basis=(), role=role, store=store
+    )
+    return r.emit(node, "cache_read", cache, hint=role)
 
 
 def _attend(r: Raise, node: Node) -> Value:

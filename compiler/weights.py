@@ -1,7 +1,7 @@
 """Where weights come from, one tensor at a time: safetensors files, a GGUF file, a torch module.
 
-Each reader answers two questions: under which key a parameter (by its name in the transformers model)
-is stored, and what it holds, as f32. None of them reads more than it is asked for.
+Each reader answers two questions: under which key a parameter (by its name in transformers) is
+stored, and what it holds, as f32. None of them reads more than it is asked for.
 """
 
 import json
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ..ir.errors import KvantError
 from .extras import need
 
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 class Weights(Protocol):
@@ -46,13 +46,12 @@ class SafetensorsWeights:
 
     def __init__(self, folder: Path) -> None:
         """Open the files of a folder. Raises: KvantError for each way in which they can be bad."""
-        self._file = _index(folder)
         need("torch", "safetensors")
-        self._open = {path: self._opened(path) for path in sorted(set(self._file.values()))}
+        self._file = _index(folder)
+        paths = sorted(set(self._file.values())) or [folder / "model.safetensors"]
+        self._open = {path: self._opened(path) for path in paths}
         if not self._file:
-            (path,) = (folder / "model.safetensors",)
-            self._open = {path: self._opened(path)}
-            self._file = dict.fromkeys(self._open[path].keys(), path)
+            self._file = dict.fromkeys(self._open[paths[0]].keys(), paths[0])
 
     @staticmethod
     def _opened(path: Path) -> Any:
@@ -103,28 +102,38 @@ def _index(folder: Path) -> dict[str, Path]:
 
 
 def _no_weights(folder: Path) -> KvantError:
-    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
-    if not pickles:
-        return KvantError(
-            "model-missing",
-            "there is a config.json but no model.safetensors",
-            where=str(folder),
-            fix="download the weights into the folder",
-        )
+    for path in sorted(folder.iterdir()):
+        if is_pickle(path):
+            return pickled(path)
+    return KvantError(
+        "model-missing",
+        "there is a config.json but no model.safetensors",
+        where=str(folder),
+        fix="download the weights into the folder",
+    )
+
+
+def is_pickle(path: Path) -> bool:
+    """Whether a file is, by its name, weights as torch pickles them."""
+    return path.suffix in _PICKLES
+
+
+def pickled(path: Path) -> KvantError:
+    """Return the refusal of a pickle, with the way to convert it."""
     return KvantError(
         "pickle-weights",
-        f"{pickles[0]} is a pickle: reading it can run any code",
-        where=str(folder),
-        fix="convert it once, where you trust it: python -c \"from transformers import "
+        f"{path.name} is a pickle: reading it can run any code",
+        where=str(path),
+        fix='convert it once, where you trust it: python -c "from transformers import '
         "AutoModelForCausalLM as M; M.from_pretrained('IN').save_pretrained('OUT')\"",
     )
 
 
 class GgufWeights:
-    """A GGUF file: each tensor is dequantized when it is asked for, and laid out as in transformers.
+    """A GGUF file: each tensor is dequantized when asked for, and laid out as in transformers.
 
-    GGUF stores the rows of q and k of some architectures with RoPE pairs side by side; transformers'
-    own table of tensor processors undoes that, and what else differs (transposes, norm weights + 1).
+    GGUF stores the rows of q and k of some architectures with RoPE pairs side by side. The table of
+    tensor processors of transformers undoes that, and what else differs (transposes, norms + 1).
     """
 
     def __init__(self, path: Path) -> None:
@@ -133,26 +142,42 @@ class GgufWeights:
         need("torch", "transformers", "gguf")
         from gguf import GGUFReader
 
-        with path.open("rb") as file:
-            magic = file.read(4)
-        if magic != b"GGUF":
-            raise unreadable(path, f"it begins with {magic!r}, not with b'GGUF'")
         try:
+            with path.open("rb") as file:
+                magic = file.read(4)
+            if magic != b"GGUF":
+                raise unreadable(path, f"it begins with {magic!r}, not with b'GGUF'")
             reader = GGUFReader(path)
             self._tensors = {str(tensor.name): tensor for tensor in reader.tensors}
             self.architecture = str(reader.get_field("general.architecture").contents())
+        except KvantError:
+            raise
         except Exception as error:
             raise unreadable(path, error) from error
         self._names: Any = None
         self._processor: Any = None
+        self._check_architecture()
+
+    def _check_architecture(self) -> None:
+        import gguf
+        from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
+
+        known = gguf.MODEL_ARCH_NAMES.values()
+        if self.architecture not in GGUF_SUPPORTED_ARCHITECTURES or self.architecture not in known:
+            raise KvantError(
+                "unsupported-architecture",
+                f"transformers cannot load GGUF files of architecture {self.architecture!r}",
+                where=str(self._path),
+                fix="give the model as a Hugging Face folder",
+            )
 
     def prepare(self, config: Any) -> None:
         """Build the map of names, which takes the number of layers from the config."""
         import gguf
         from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
-        arch = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}[self.architecture]
-        self._names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+        archs = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
+        self._names = gguf.get_tensor_name_map(archs[self.architecture], config.num_hidden_layers)
         kind = TENSOR_PROCESSORS.get(self.architecture, TensorProcessor)
         self._processor = kind(config=config.to_dict())
 
@@ -177,7 +202,7 @@ class GgufWeights:
             )
         except Exception as error:
             raise unreadable(self._path, error) from error
-        return np.ascontiguousarray(made.weights, dtype=np.float32)
+        return np.array(made.weights, dtype=np.float32, order="C")  # never a view of the file
 
 
 class ModuleWeights:

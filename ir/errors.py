@@ -1,4 +1,7 @@
-"""The one error class of kvant."""
+"""The one error class of kvant, and the hint for a name that is not there."""
+
+import difflib
+from collections.abc import Iterable
 
 
 class KvantError(Exception):
@@ -17,3 +20,10 @@ class KvantError(Exception):
         self.what = what
         self.where = where
         self.fix = fix
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return `known` as a part of a sentence, with the likely meaning of `name` first."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, 1)
+    return (f"did you mean {close[0]}? " if close else "") + f"known: {' '.join(names) or 'none'}"

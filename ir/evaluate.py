@@ -1,15 +1,16 @@
 """The reference interpreter: the rows of OPS, one after another."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from .arrays import Array
-from .errors import KvantError
+from .errors import KvantError, nearest
 from .graph import Graph
-from .ops import OPS, Run
-from .types import Dim, TensorType
+from .ops import OPS, Run, match
+from .types import TensorType
 
 State = dict[str, Array]
 
@@ -32,15 +33,13 @@ def evaluate(
         dtype: in which floats are computed.
 
     Returns: the outputs, and the state with the new tokens.
-    Raises: KvantError ("missing-array", "wrong-shape", "wrong-dtype") if an array does not fit.
+    Raises: KvantError ("missing-array", "wrong-array") if an array does not fit.
     """
-    sizes: dict[str, int] = {}
-    given = {
-        "input": _arrays(graph.inputs(), inputs, dtype, "input", sizes),
-        "param": _arrays(graph.params(), params, dtype, "param", sizes),
-    }
+    sizes: dict[str, Any] = {}
+    arrays_in = _arrays(graph.inputs(), inputs, dtype, sizes)
+    weights = _arrays(graph.params(), params, dtype, sizes)
     stored = {role: np.asarray(x, dtype) for role, x in (state or {}).items()}
-    run = Run(given["input"], given["param"], stored)
+    run = Run(arrays_in, weights, stored)
     now: dict[str, Array] = {}
     for op in graph.ops:
         arrays = tuple(now[a.name] for a in op.args)
@@ -54,35 +53,21 @@ def _arrays(
     types: dict[str, TensorType],
     given: Mapping[str, Array],
     dtype: npt.DTypeLike,
-    kind: str,
-    sizes: dict[str, int],
+    sizes: dict[str, Any],
 ) -> dict[str, Array]:
     """Return the arrays that the graph declares, checked; symbolic sizes are bound in `sizes`."""
     found = {}
     for name, declared in types.items():
-        where = f"{kind} {name}"
+        where, fix = f"the array {name}", f"pass an array of type {declared}"
         if name not in given:
-            fix = f"pass an array of type {declared}; given: {' '.join(sorted(given)) or '(none)'}"
-            raise KvantError("missing-array", f"no array for {name}", where=where, fix=fix)
-        x = np.asarray(given[name])
-        fits = len(x.shape) == len(declared.shape)
-        if not fits or not all(map(lambda d, n: _bind(d, n, sizes), declared.shape, x.shape)):
-            bound = ", ".join(f"{key} = {n}" for key, n in sizes.items()) or "no size known yet"
-            what = f"{name} has the shape {list(x.shape)}, not {declared}"
-            raise KvantError("wrong-shape", what, where=where, fix=f"pass {declared}, {bound}")
-        integer = declared.dtype[0] in "iu"
+            what = f"no array is given for {name}; {nearest(name, given)}"
+            raise KvantError("missing-array", what, where=where, fix=fix)
+        x, integer = np.asarray(given[name]), declared.dtype[0] in "iu"
+        axes = [str(dim) for dim in declared.shape]
+        why = match([axes], (TensorType(declared.dtype, x.shape),), sizes)
         if integer != np.issubdtype(x.dtype, np.integer):
-            what = f"{name} holds {x.dtype}, not {declared.dtype}"
-            raise KvantError("wrong-dtype", what, where=where, fix=f"pass {declared}")
+            why = f"it holds {x.dtype}"
+        if why:
+            raise KvantError("wrong-array", f"{name} does not fit: {why}", where=where, fix=fix)
         found[name] = x if integer else x.astype(dtype)
     return found
-
-
-def _bind(dim: Dim, size: int, sizes: dict[str, int]) -> bool:
-    """Say whether `size` is what `dim` stands for; a name seen first is bound to it."""
-    if isinstance(dim, int):
-        return dim == size
-    if "+" in dim and dim not in sizes:
-        terms = [int(d) if d.isdigit() else sizes.get(d) for d in dim.split("+")]
-        return None in terms or sum(t for t in terms if t is not None) == size
-    return sizes.setdefault(dim, size) == size

@@ -1,13 +1,16 @@
-"""OPS: the table of operations. One row: arity, attributes, type rule, NumPy meaning, equation.
+"""OPS: the table of operations. One row: type rule, attributes, NumPy meaning, equation.
 
-Axes: B batch, T new tokens, S stored tokens, H heads, D head width, C channels. Heads are in
-[B, H, T, D]. A constant with one row per KV head serves `repeat` query heads: head h reads row
-h // repeat. The meaning is the only definition there is; targets and passes are held to it.
+Axes: B batch, T new tokens, S stored tokens, H heads, D head width; heads are in [B, H, T, D]. A
+constant with one row per KV head serves `repeat` query heads: head h reads row h // repeat.
+
+A type rule is a signature: one group of axes for each operand, an arrow, the result; `|` parts the
+cases. Equal names are equal sizes. `*` alone is any number of axes; names of attributes are their
+values, and kv is heads // repeat. even and pow2 (a power of two) are what they say, and `int` is
+an integer tensor.
 """
 
-import difflib
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,15 +20,16 @@ from . import attention
 from .arrays import Array
 from .attrs import AttrValue
 from .encodings.tokens import Tokens
-from .errors import KvantError
+from .errors import KvantError, nearest
 from .graph import Value
 from .maps import Gather, Hadamard, Map, Scale, apply
 from .types import CacheType, Dim, TensorType, Type, add_sizes
 
-Attrs = Mapping[str, Any]  # of the kinds that the row declares: checked before a rule sees them
-Operands = tuple[TensorType, ...]
 Arrays = tuple[Array, ...]
-REQUIRED = object()
+Attrs = Mapping[str, Any]  # of the kinds that the row declares: checked before a rule sees them
+AttrItems = tuple[tuple[str, AttrValue], ...]
+Operands = tuple[TensorType, ...]
+TypeRule = Callable[[Operands, Attrs], tuple[Type, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,27 +41,27 @@ class Run:
     state: dict[str, Array]
 
 
-@dataclass(frozen=True, slots=True)
-class Attr:
-    """A declared attribute: a row of KINDS, and the default if it has one."""
-
-    kind: str
-    default: object = REQUIRED
+Meaning = Callable[[Run, Arrays, Attrs], Array | Arrays]
+MapMeaning = Callable[[Run, Arrays, Attrs], Array]
 
 
 @dataclass(frozen=True, slots=True)
 class OpDef:
-    """One operation. `arity` is a number of arguments, or the least and the most."""
+    """One operation.
 
-    arity: int | tuple[int, int]
-    attrs: dict[str, Attr]
-    infer: Callable[[Operands, Attrs], tuple[Type, ...]]
-    evaluate: "Meaning"
+    Attributes:
+        arity: number of operands, or the numbers it may be.
+        rule: a signature, or a function where that cannot say it.
+        attrs: for each attribute a row of KINDS, and the default if it has one.
+        evaluate: the meaning; a tuple of arrays where there are several results.
+        equation: the meaning for a reader.
+    """
+
+    arity: int | tuple[int, ...]
+    rule: str | TypeRule
+    attrs: Mapping[str, tuple[Any, ...]]
+    evaluate: Meaning
     equation: str
-
-
-Meaning = Callable[[Run, Arrays, Attrs], Array | Arrays]
-MapMeaning = Callable[[Run, Arrays, Attrs], Array]
 
 
 def _is_int(value: object, least: int) -> bool:
@@ -87,173 +91,128 @@ KINDS: dict[str, Callable[[object], bool]] = {
 }
 
 
-# Type rules: the types of the operands -> the types of the results. They refuse what does not fit.
-def _refuse(what: str) -> None:
-    raise KvantError("ill-typed-op", what, where="the operands", fix="see kvant.ir.ops.OPS")
-
-
+# Type rules that no signature says: the types of the operands -> the types of the results.
 def _need(holds: bool, what: str) -> None:
     if not holds:
-        _refuse(what)
+        raise KvantError("ill-typed-op", what, where="the operands", fix="see kvant.ir.ops.OPS")
 
 
 def _declared(types: Operands, a: Attrs) -> tuple[Type, ...]:
-    _refuse("its type is declared, not inferred; use Builder.input or Builder.param")
+    _need(False, "its type is declared, not inferred; use Builder.input or Builder.param")
     return ()
 
 
 def _broadcast(types: Operands, a: Attrs) -> tuple[Type, ...]:
-    x, y = types
-    long, short = (x.shape, y.shape) if len(x.shape) >= len(y.shape) else (y.shape, x.shape)
-    short = (1,) * (len(long) - len(short)) + short
-    fits = all(m == n or 1 in (m, n) for m, n in zip(long, short, strict=True))
-    _need(fits, f"{x} and {y} do not fit together")
-    shape = tuple(n if m == 1 else m for m, n in zip(long, short, strict=True))
-    return (TensorType(x.dtype, shape),)
+    rank = max(len(t.shape) for t in types)
+    x, y = ((1,) * (rank - len(t.shape)) + t.shape for t in types)
+    fits = all(m == n or 1 in (m, n) for m, n in zip(x, y, strict=True))
+    _need(fits, f"{types[0]} and {types[1]} do not fit together")
+    shape = tuple(n if m == 1 else m for m, n in zip(x, y, strict=True))
+    return (TensorType(types[0].dtype, shape),)
 
 
-def _linear_type(types: Operands, a: Attrs) -> tuple[Type, ...]:
-    x, w = types[:2]
-    _need(len(w.shape) == 2, f"the weight must be [out, in], got {w}")
-    _need(x.shape[-1:] == w.shape[1:], f"x is {x} but the weight is {w}")
-    fits = len(types) == 2 or types[2].shape == w.shape[:1]
-    _need(fits, f"the weight is {w} but the bias is {types[-1]}")
-    return (TensorType(x.dtype, x.shape[:-1] + w.shape[:1]),)
-
-
-def _slice_rows_type(types: Operands, a: Attrs) -> tuple[Type, ...]:
-    (w,) = types
+def _slice_rows(types: Operands, a: Attrs) -> tuple[Type, ...]:
+    (w,), start, stop = types, a["start"], a["stop"]
     rows = w.shape[0] if w.shape else 0
-    _need(isinstance(rows, int), f"the rows of {w} must be a number")
-    fits = a["start"] < a["stop"] <= int(rows)
-    _need(fits, f"no rows {a['start']} to {a['stop']} in {w}")
-    return (TensorType(w.dtype, (a["stop"] - a["start"], *w.shape[1:])),)
+    fits = isinstance(rows, int) and start < stop <= rows
+    _need(fits, f"{w} has no rows {start} to {stop}")
+    return (TensorType(w.dtype, (stop - start, *w.shape[1:])),)
 
 
-def _transpose_type(types: Operands, a: Attrs) -> tuple[Type, ...]:
-    (w,) = types
-    _need(len(w.shape) == 2, f"the weight must have two axes, got {w}")
-    return (TensorType(w.dtype, w.shape[::-1]),)
+def _split_last(types: Operands, a: Attrs) -> tuple[Type, ...]:
+    (x,), sizes = types, a["sizes"]
+    _need(x.shape[-1:] == (sum(sizes),), f"{sizes} does not add up to the last axis of {x}")
+    return tuple(TensorType(x.dtype, (*x.shape[:-1], n)) for n in sizes)
 
 
-def _split_heads_type(types: Operands, a: Attrs) -> tuple[Type, ...]:
-    (x,) = types
-    _need(len(x.shape) == 3, f"x must be [B, T, H*D], got {x}")
-    b, t, c = x.shape
-    fits = isinstance(c, int) and c % a["heads"] == 0
-    _need(fits, f"{c} channels cannot be split into {a['heads']} heads")
-    return (TensorType(x.dtype, (b, a["heads"], t, int(c) // a["heads"])),)
+# Type rules that are signatures.
+def _cases(rule: str) -> list[tuple[list[list[str]], str]]:
+    """Return the cases: names of the axes of each operand, and the result."""
+    parts = [case.split(" -> ") for case in rule.split(" | ")]
+    return [([axes.split() for axes in left.split(", ")], right) for left, right in parts]
 
 
-def _merge_heads_type(types: Operands, a: Attrs) -> tuple[Type, ...]:
-    b, h, t, d = _heads(types[0])
-    return (TensorType(types[0].dtype, (b, t, h * d)),)
+def _signature(name: str, rule: str, types: Operands, a: Attrs) -> tuple[Type, ...]:
+    """Return the result's type by the first case that fits."""
+    why: list[str] = []
+    for operands, right in _cases(rule):
+        sizes: dict[str, Any] = dict(a)
+        if "heads" in a and "repeat" in a and a["heads"] % a["repeat"] == 0:
+            sizes["kv"] = a["heads"] // a["repeat"]
+        problem = match(operands, types, sizes) if len(operands) == len(types) else None
+        if problem is None and len(operands) == len(types):
+            if right == "cache":
+                return (CacheType(a["role"]),)
+            dims = [d for axis in right.split() for d in _result_sizes(axis, sizes)]
+            return (TensorType(types[0].dtype, tuple(dims)),)
+        why += [problem] if problem else []
+    wanted = " or ".join(case.split(" -> ")[0] for case in rule.split(" | "))
+    given = ", ".join(map(str, types))
+    _need(False, f"{name} takes {wanted}, got {given}: {'; or '.join(dict.fromkeys(why))}")
+    return ()
 
 
-def _heads(x: TensorType) -> tuple[Dim, int, Dim, int]:
-    _need(len(x.shape) == 4, f"x must be [B, H, T, D], got {x}")
-    b, h, t, d = x.shape
-    _need(isinstance(h, int) and isinstance(d, int), f"H and D must be numbers, got {x}")
-    return b, int(h), t, int(d)
+def _result_sizes(axis: str, sizes: Mapping[str, Any]) -> tuple[Dim, ...]:
+    if axis == "S+T":
+        return (add_sizes("S", sizes["T"]),)
+    if axis == "*":
+        return tuple(sizes["*"])
+    return (math.prod(sizes[n] for n in axis.split("*")) if "*" in axis else sizes[axis],)
 
 
-def _split_last_type(types: Operands, a: Attrs) -> tuple[Type, ...]:
-    (x,) = types
-    fits = x.shape[-1:] == (sum(a["sizes"]),)
-    _need(fits, f"{a['sizes']} does not add up to the last axis of {x}")
-    return tuple(TensorType(x.dtype, (*x.shape[:-1], n)) for n in a["sizes"])
+def match(operands: list[list[str]], types: Operands, sizes: dict[str, Any]) -> str | None:
+    """Bind the names of axes to sizes.
+
+    Args:
+        operands: the names of the axes of each operand; a number is that size.
+        types: of the operands.
+        sizes: what is known by name; what is found is added.
+
+    Returns: what does not fit, or None.
+    """
+    pairs: list[tuple[str, Any]] = []
+    for names, given in zip(operands, types, strict=True):
+        axes, shape = [n for n in names if n != "int"], given.shape
+        if axes != names and given.dtype not in ("i64", "i32"):
+            return f"{given} is not integer"
+        if axes[:1] == ["*"]:
+            many = len(shape) - len(axes) + 1
+            pairs.append(("*", shape[: max(many, 0)]))
+            axes, shape = axes[1:], shape[max(many, 0) :]
+        if len(axes) != len(shape):
+            return f"{given} is not [{', '.join(names)}]"
+        pairs += zip(axes, shape, strict=True)
+    pairs.sort(key=lambda pair: len(pair[0]) > 1 and "*" in pair[0])  # products last
+    return next((why for axis, size in pairs if (why := _bind(axis, size, sizes))), None)
 
 
-def _rms_norm_type(types: Operands, a: Attrs) -> tuple[Type, ...]:
-    x, w = types
-    shared = len(x.shape) > 0 and w.shape == x.shape[-1:]
-    per_head = len(x.shape) == 4 and w.shape == (x.shape[1], x.shape[3])
-    _need(shared or per_head, f"x is {x} but the weight is {w}; it must be [D] or [H, D]")
-    return (x,)
+def _bind(axis: str, size: Any, sizes: dict[str, Any]) -> str | None:
+    """Bind one axis: a number, a name, or a product with one unknown name."""
+    if axis.isdigit():
+        sizes[axis] = int(axis)
+    names = [axis] if axis == "*" else axis.split("*")
+    free = [n for n in names if n not in sizes]
+    if len(names) > 1:
+        known = math.prod(sizes[n] for n in names if n in sizes)
+        if not isinstance(size, int) or size % known or (not free and size != known):
+            return f"{axis} is {size}, not a multiple of {known}"
+        size //= known
+    for name in free:
+        sizes[name] = size
+        if name == "even" and (not isinstance(size, int) or size % 2):
+            return f"{size} is not even"
+        if name == "pow2" and (not _is_int(size, 1) or size & (size - 1)):
+            return f"{size} is no power of two"
+    if len(names) == 1 and sizes[axis] != size:
+        return f"{axis} is {sizes[axis]} and {size}"
+    return None
 
 
-def _rope_type(types: Operands, a: Attrs) -> tuple[Type, ...]:
-    b, _, t, d = _heads(types[0])
-    _need(d % 2 == 0, f"{d} channels do not make pairs")
-    for table, name in zip(types[1:], ("cos", "sin"), strict=True):
-        fits = table.shape in ((b, t, d), (1, t, d))
-        _need(fits, f"{name} must be [{b} or 1, {t}, {d}], got {table}")
-    return (types[0],)
-
-
-def _hadamard_type(types: Operands, a: Attrs) -> tuple[Type, ...]:
-    _power_of_two(types[0].shape[-1] if types[0].shape else 0)
-    return (types[0],)
-
-
-def _power_of_two(d: Dim) -> None:
-    fits = isinstance(d, int) and d > 0 and d & (d - 1) == 0
-    _need(fits, f"the head width must be a power of two, got {d}")
-
-
-def _per_head_type(types: Operands, a: Attrs) -> tuple[Type, ...]:
-    _, h, _, d = _heads(types[0])
-    _constant(types[1], h, d, a)
-    return (types[0],)
-
-
-def _constant(s: TensorType, heads: int, width: Dim, a: Attrs) -> None:
-    """Check a scale (its ops have `inverse`) or an order, with one row per KV head."""
-    kind, repeat = ("a float" if "inverse" in a else "an integer"), a["repeat"]
-    _need((s.dtype in ("i64", "i32")) == (kind == "an integer"), f"{s} must be {kind} tensor")
-    _need(heads % repeat == 0, f"{heads} heads are not groups of {repeat}")
-    fits = s.shape == (heads // repeat, width)
-    _need(fits, f"the constant must be [{heads // repeat}, {width}] (KV heads, channels), got {s}")
-
-
-def _rows_type(types: Operands, a: Attrs) -> tuple[Type, ...]:
-    w, heads = types[0], a["heads"]
-    s = types[1] if len(types) == 2 else None
-    rows = w.shape[0] if w.shape else 0
-    if s is not None and (w.shape == s.shape[1:] or w.shape == (heads, *s.shape[1:])):
-        if heads > 1:  # a norm weight, [D] or [H, D]
-            _constant(s, heads, w.shape[-1], a)
-            return (TensorType(w.dtype, (heads, w.shape[-1])),)
-    fits = len(w.shape) in (1, 2) and isinstance(rows, int) and rows % heads == 0
-    _need(fits, f"the rows of {w} cannot be split into {heads} heads")
-    if s is None:
-        _power_of_two(int(rows) // heads)
-    else:
-        _constant(s, heads, int(rows) // heads, a)
-    return (w,)
-
-
-def _cols_type(types: Operands, a: Attrs) -> tuple[Type, ...]:
-    w = types[0]
-    _transpose_type((w,), a)
-    _rows_type((TensorType(w.dtype, w.shape[::-1]), *types[1:]), a)
-    return (w,)
-
-
-def _cache_write_type(types: Operands, a: Attrs) -> tuple[Type, ...]:
-    _heads(types[0])
-    return (CacheType(a["role"]),)
-
-
-def _cache_read_type(types: Operands, a: Attrs) -> tuple[Type, ...]:
-    b, h, t, d = types[0].shape
-    return (TensorType(types[0].dtype, (b, h, add_sizes("S", t), d)),)
-
-
-def _attend_type(types: Operands, a: Attrs) -> tuple[Type, ...]:
-    (b, hq, t, d), (bk, hk, n, dk), (bv, hv, nv, dv) = map(_heads, types)
-    _need(b == bk == bv, f"the batches differ: q {types[0]}, k {types[1]}, v {types[2]}")
-    _need((hk, n) == (hv, nv), f"k is {types[1]} but v is {types[2]}")
-    _need(d == dk, f"q is {types[0]} but k is {types[1]}")
-    _need(hq % hk == 0, f"{hq} query heads are not groups of {hk} KV heads")
-    return (TensorType(types[0].dtype, (b, hq, t, dv)),)
-
-
-# Meanings: arrays -> array (or a tuple where there are several results).
+# Meanings: arrays -> array, or a tuple where there are several results.
 def _rms_norm(run: Run, arrays: Arrays, a: Attrs) -> Array:
     x, w = arrays
-    w = (w[:, None, :] if w.ndim == 2 else w) + a["offset"]
-    return np.asarray(x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + a["eps"]) * w)
+    gain = (w[:, None, :] if w.ndim == 2 else w) + a["offset"]
+    return np.asarray(x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + a["eps"]) * gain)
 
 
 def _rope(run: Run, arrays: Arrays, a: Attrs) -> Array:
@@ -267,10 +226,10 @@ def _map(kind: str) -> MapMeaning:
     """Return the map `kind` on x [..., H, T, D]; its constant is the second array."""
 
     def evaluate(run: Run, arrays: Arrays, a: Attrs) -> Array:
-        x, rest = arrays[0], arrays[1:]
-        made: dict[str, Map] = {"hadamard": Hadamard(x.shape[-1]), "gather": Gather("constant")}
-        m = Scale("constant", a["inverse"]) if kind == "scale" else made[kind]
-        constants = dict.fromkeys(("constant",) if rest else (), rest[-1] if rest else x)
+        x = arrays[0]
+        m: Map = Hadamard(x.shape[-1]) if kind == "hadamard" else Gather("constant")
+        m = Scale("constant", a["inverse"]) if kind == "scale" else m
+        constants = {"constant": arrays[-1]}  # read by gather and scale
         return apply((m,), x, constants, a.get("repeat", 1)).astype(x.dtype)
 
     return evaluate
@@ -282,11 +241,9 @@ def _map_rows(kind: str) -> MapMeaning:
     def evaluate(run: Run, arrays: Arrays, a: Attrs) -> Array:
         w, heads = arrays[0], a["heads"]
         width = arrays[1].shape[1] if len(arrays) == 2 else w.shape[0] // heads
-        shape = w.shape if w.shape[0] == heads * width else (heads, width)
-        if shape != w.shape:
-            w = np.broadcast_to(w, shape)
+        w = w if w.shape[0] == heads * width else np.broadcast_to(w, (heads, width))
         blocks = w.reshape(heads, width, -1).swapaxes(1, 2)  # channels last
-        return _map(kind)(run, (blocks, *arrays[1:]), a).swapaxes(1, 2).reshape(shape)
+        return _map(kind)(run, (blocks, *arrays[1:]), a).swapaxes(1, 2).reshape(w.shape)
 
     return evaluate
 
@@ -296,18 +253,14 @@ def _map_cols(kind: str) -> MapMeaning:
     return lambda run, arrays, a: _map_rows(kind)(run, (arrays[0].T, *arrays[1:]), a).T
 
 
-def _split_last(run: Run, arrays: Arrays, a: Attrs) -> Arrays:
-    return tuple(np.split(arrays[0], np.cumsum(a["sizes"])[:-1], axis=-1))
+def _split_heads(run: Run, arrays: Arrays, a: Attrs) -> Array:
+    b, t, c = arrays[0].shape
+    return arrays[0].reshape(b, t, a["heads"], c // a["heads"]).swapaxes(1, 2)
 
 
 def _merge_heads(run: Run, arrays: Arrays, a: Attrs) -> Array:
     b, h, t, d = arrays[0].shape
     return arrays[0].swapaxes(1, 2).reshape(b, t, h * d)
-
-
-def _split_heads(run: Run, arrays: Arrays, a: Attrs) -> Array:
-    b, t, c = arrays[0].shape
-    return arrays[0].reshape(b, t, a["heads"], c // a["heads"]).swapaxes(1, 2)
 
 
 def _cache_write(run: Run, arrays: Arrays, a: Attrs) -> Array:
@@ -324,172 +277,121 @@ def _attend(run: Run, arrays: Arrays, a: Attrs) -> Array:
     return attention.attend(*arrays, lengths=lengths, **a)[0].astype(arrays[0].dtype)
 
 
-HEADS, REPEAT = {"heads": Attr("count")}, {"repeat": Attr("count", 1)}
-INVERSE, NAME = {"inverse": Attr("bool", False)}, {"name": Attr("text")}
-WRITE = {"role": Attr("text"), "store": Attr("token encoding"), "basis": Attr("tuple of maps", ())}
-ATTEND = {
-    "scale": Attr("number"),
-    "causal": Attr("bool", True),
-    "softcap": Attr("number or none", None),
-    "window": Attr("count or none", None),
+_NAME = {"name": ("text",)}
+_REPEAT: dict[str, tuple[Any, ...]] = {"repeat": ("count", 1)}
+_SCALE = _REPEAT | {"inverse": ("bool", False)}
+_HEADS: dict[str, tuple[Any, ...]] = {"heads": ("count",)}
+_SPAN = {"start": ("index",), "stop": ("count",)}
+_NORM = {"eps": ("number",), "offset": ("number", 0.0)}
+_WRITE = {"role": ("text",), "store": ("token encoding",), "basis": ("tuple of maps", ())}
+_ATTEND = {
+    "scale": ("number",),
+    "causal": ("bool", True),
+    "softcap": ("number or none", None),
+    "window": ("count or none", None),
 }
+# Rows of a weight, a bias, a norm weight; {} is what marks the constant's type.
+_ROWS = (
+    "heads*D N, {0}kv D -> heads*D N | heads*D, {0}kv D -> heads*D"
+    " | D, {0}kv D -> heads D | heads D, {0}kv D -> heads D"
+)
 
+# fmt: off
 OPS: dict[str, OpDef] = {
-    "input": OpDef(0, NAME, _declared, lambda r, x, a: r.inputs[a["name"]], "y = given"),
-    "param": OpDef(0, NAME, _declared, lambda r, x, a: r.params[a["name"]], "w = given by name"),
-    "linear": OpDef(
-        (2, 3), {}, _linear_type, lambda r, x, a: sum(x[2:], x[0] @ x[1].T), "y = x w^T + b"
-    ),
-    "add": OpDef(2, {}, _broadcast, lambda r, x, a: x[0] + x[1], "y = a + b"),
-    "mul": OpDef(2, {}, _broadcast, lambda r, x, a: x[0] * x[1], "y = a b"),
-    "slice_rows": OpDef(
-        1,
-        {"start": Attr("index"), "stop": Attr("count")},
-        _slice_rows_type,
-        lambda r, x, a: x[0][a["start"] : a["stop"]],
-        "y[i] = w[start + i]",
-    ),
-    "transpose_w": OpDef(1, {}, _transpose_type, lambda r, x, a: x[0].T, "y[i, j] = w[j, i]"),
-    "split_heads": OpDef(
-        1, HEADS, _split_heads_type, _split_heads, "y[b, h, t, d] = x[b, t, h D + d]"
-    ),
-    "merge_heads": OpDef(
-        1, {}, _merge_heads_type, _merge_heads, "y[b, t, h D + d] = x[b, h, t, d]"
-    ),
-    "split_last": OpDef(
-        1,
-        {"sizes": Attr("tuple of counts")},
-        _split_last_type,
-        _split_last,
-        "y_i[..., j] = x[..., sum(sizes[:i]) + j]",
-    ),
-    "rms_norm": OpDef(
-        2,
-        {"eps": Attr("number"), "offset": Attr("number", 0.0)},
-        _rms_norm_type,
-        _rms_norm,
-        "y = x / sqrt(mean(x^2) + eps) (w + offset), w [D] or [H, D]",
-    ),
-    "rope": OpDef(
-        3,
-        {"style": Attr("rope style (half)", "half")},
-        _rope_type,
-        _rope,
-        "y = x cos + turn(x) sin, turn(x) = (-x[D/2:], x[:D/2])",
-    ),
-    "hadamard": OpDef(1, {}, _hadamard_type, _map("hadamard"), "y = x Hd, Hd orthonormal, order D"),
-    "gather": OpDef(
-        2, REPEAT, _per_head_type, _map("gather"), "y[h, c] = x[h, order[h // repeat, c]]"
-    ),
-    "scale": OpDef(
-        2,
-        REPEAT | INVERSE,
-        _per_head_type,
-        _map("scale"),
-        "y[h, c] = x[h, c] s[h // repeat, c]^+-1",
-    ),
-    "cache_write": OpDef(
-        1, WRITE, _cache_write_type, _cache_write, "state[role] = (state[role], x), as store says"
-    ),
-    "cache_read": OpDef(
-        1, {}, _cache_read_type, lambda r, x, a: x[0], "y = (state as stored, x as given)"
-    ),
-    "attend": OpDef(
-        3, ATTEND, _attend_type, _attend, "y = softmax(mask(cap(scale q k^T))) v, q at S + i"
-    ),
-    "scale_rows": OpDef(
-        2,
-        HEADS | REPEAT | INVERSE,
-        _rows_type,
-        _map_rows("scale"),
-        "y[h D + c] = w[h D + c] s[h // repeat, c]^+-1",
-    ),
-    "scale_cols": OpDef(
-        2,
-        HEADS | REPEAT | INVERSE,
-        _cols_type,
-        _map_cols("scale"),
-        "y[:, h D + c] = w[:, h D + c] s[h // repeat, c]^+-1",
-    ),
-    "gather_rows": OpDef(
-        2,
-        HEADS | REPEAT,
-        _rows_type,
-        _map_rows("gather"),
-        "y[h D + c] = w[h D + order[h // repeat, c]]",
-    ),
-    "gather_cols": OpDef(
-        2,
-        HEADS | REPEAT,
-        _cols_type,
-        _map_cols("gather"),
-        "y[:, h D + c] = w[:, h D + order[h // repeat, c]]",
-    ),
-    "hadamard_rows": OpDef(1, HEADS, _rows_type, _map_rows("hadamard"), "y_h = Hd w_h"),
-    "hadamard_cols": OpDef(1, HEADS, _cols_type, _map_cols("hadamard"), "y_h = w_h Hd"),
+    "input": OpDef(0, _declared, _NAME, lambda r, x, a: r.inputs[a["name"]], "y = given"),
+    "param": OpDef(0, _declared, _NAME, lambda r, x, a: r.params[a["name"]], "w = given"),
+    "add": OpDef(2, _broadcast, {}, lambda r, x, a: x[0] + x[1], "y = a + b"),
+    "mul": OpDef(2, _broadcast, {}, lambda r, x, a: x[0] * x[1], "y = a b"),
+    "linear": OpDef((2, 3), "* C, O C -> * O | * C, O C, O -> * O", {},
+                    lambda r, x, a: sum(x[2:], x[0] @ x[1].T), "y = x w^T + b"),
+    "slice_rows": OpDef(1, _slice_rows, _SPAN, lambda r, x, a: x[0][a["start"] : a["stop"]],
+                        "y[i] = w[start + i]"),
+    "transpose_w": OpDef(1, "O C -> C O", {}, lambda r, x, a: x[0].T, "y[i, j] = w[j, i]"),
+    "split_heads": OpDef(1, "B T heads*D -> B heads T D", _HEADS, _split_heads,
+                         "y[b, h, t, d] = x[b, t, h D + d]"),
+    "merge_heads": OpDef(1, "B H T D -> B T H*D", {}, _merge_heads,
+                         "y[b, t, h D + d] = x[b, h, t, d]"),
+    "split_last": OpDef(1, _split_last, {"sizes": ("tuple of counts",)},
+                        lambda r, x, a: tuple(np.split(x[0], np.cumsum(a["sizes"])[:-1], -1)),
+                        "y_i[..., j] = x[..., sum(sizes[:i]) + j]"),
+    "rms_norm": OpDef(2, "* D, D -> * D | B H T D, H D -> B H T D", _NORM, _rms_norm,
+                      "y = x / sqrt(mean(x^2) + eps) (w + offset)"),
+    "rope": OpDef(3, "B H T even, B T even, B T even -> B H T even"
+                  " | B H T even, 1 T even, 1 T even -> B H T even",
+                  {"style": ("rope style (half)", "half")}, _rope,
+                  "y = x cos + turn(x) sin, turn(x) = (-x[D/2:], x[:D/2])"),
+    "hadamard": OpDef(1, "* pow2 -> * pow2", {}, _map("hadamard"), "y = Hd x"),
+    "gather": OpDef(2, "B repeat*H T D, int H D -> B repeat*H T D", _REPEAT, _map("gather"),
+                    "y[h, c] = x[h, order[h // repeat, c]]"),
+    "scale": OpDef(2, "B repeat*H T D, H D -> B repeat*H T D", _SCALE, _map("scale"),
+                   "y[h, c] = x[h, c] s[h // repeat, c], or divided by it"),
+    "cache_write": OpDef(1, "B H T D -> cache", _WRITE, _cache_write, "state += x"),
+    "cache_read": OpDef(1, "B H T D -> B H S+T D", {}, lambda r, x, a: x[0],
+                        "y = (stored tokens as store keeps them, new tokens as given)"),
+    "attend": OpDef(3, "B G*H T D, B H N D, B H N V -> B G*H T V", _ATTEND, _attend,
+                    "y = softmax(mask(cap(scale q k^T))) v, query i at position S + i"),
+    "scale_rows": OpDef(2, _ROWS.format(""), _HEADS | _SCALE, _map_rows("scale"),
+                        "y[h D + c] = w[h D + c] s[h // repeat, c], or divided by it"),
+    "scale_cols": OpDef(2, "N heads*D, kv D -> N heads*D", _HEADS | _SCALE, _map_cols("scale"),
+                        "y[:, h D + c] = w[:, h D + c] s[h // repeat, c], or divided by it"),
+    "gather_rows": OpDef(2, _ROWS.format("int "), _HEADS | _REPEAT, _map_rows("gather"),
+                         "y[h D + c] = w[h D + order[h // repeat, c]]"),
+    "gather_cols": OpDef(2, "N heads*D, int kv D -> N heads*D", _HEADS | _REPEAT,
+                         _map_cols("gather"), "y[:, h D + c] = w[:, h D + order[h // repeat, c]]"),
+    "hadamard_rows": OpDef(1, "heads*pow2 N -> heads*pow2 N | heads*pow2 -> heads*pow2", _HEADS,
+                           _map_rows("hadamard"), "y_h = Hd w_h"),
+    "hadamard_cols": OpDef(1, "N heads*pow2 -> N heads*pow2", _HEADS,
+                           _map_cols("hadamard"), "y_h = w_h Hd"),
 }
+# fmt: on
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Return `known` as a sentence part, with the likely meaning of `name` first."""
-    names = sorted(known)
-    close = difflib.get_close_matches(name, names, 1)
-    listed = " ".join(names) or "(none)"
-    return f"did you mean {close[0]}? It has: {listed}" if close else f"it has: {listed}"
-
-
-def complete(name: str, attrs: Mapping[str, AttrValue]) -> tuple[tuple[str, AttrValue], ...]:
+def complete(name: str, attrs: Mapping[str, AttrValue]) -> AttrItems:
     """Return the attributes of an op sorted, with defaults filled in and numbers made floats."""
     full: dict[str, Any] = dict(attrs)
-    for key, row in (OPS[name].attrs if name in OPS else {}).items():
-        if key not in full and row.default is not REQUIRED:
-            full[key] = row.default
-        if row.kind.startswith("number") and type(full.get(key)) is int:
+    for key, (kind, *default) in (OPS[name].attrs if name in OPS else {}).items():
+        if default:
+            full.setdefault(key, default[0])
+        if kind.startswith("number") and type(full.get(key)) is int:
             full[key] = float(full[key])
     return tuple(sorted(full.items()))
 
 
-def problems(
-    name: str, args: tuple[Value, ...], attrs: tuple[tuple[str, AttrValue], ...]
-) -> list[str]:
+def problems(name: str, args: tuple[Value, ...], attrs: AttrItems) -> list[str]:
     """Return what is wrong with an op before its types are looked at; empty if nothing is."""
     if name not in OPS:
         return [f"no operation {name}; {nearest(name, OPS)}"]
-    row, found = OPS[name], []
-    least, most = row.arity if isinstance(row.arity, tuple) else (row.arity, row.arity)
-    if not least <= len(args) <= most:
-        wanted = str(least) if least == most else f"{least} to {most}"
-        found.append(f"{name} takes {wanted} arguments, got {len(args)}")
+    row, found, given = OPS[name], [], dict(attrs)
+    arity = row.arity if isinstance(row.arity, tuple) else (row.arity,)
+    if len(args) not in arity:
+        found.append(f"{name} takes {' or '.join(map(str, arity))} operands, got {len(args)}")
     for arg in args:
         if isinstance(arg.type, CacheType) != (name == "cache_read"):
             wanted = "a cache" if name == "cache_read" else "tensors"
             found.append(f"{name} takes {wanted}, but {arg} is {arg.type}")
-    given = dict(attrs)
     for key in sorted(given.keys() - row.attrs.keys()):
         found.append(f"no attribute {key}; {nearest(key, row.attrs)}")
-    for key, attr in sorted(row.attrs.items()):
+    for key, (kind, *_) in sorted(row.attrs.items()):
         if key not in given:
-            found.append(f"the attribute {key} is missing; it must be a {attr.kind}")
-        elif not KINDS[attr.kind](given[key]):
-            found.append(f"the attribute {key} = {given[key]!r} is not a {attr.kind}")
+            found.append(f"the attribute {key} is missing; it must be: {kind}")
+        elif not KINDS[kind](given[key]):
+            found.append(f"the attribute {key} = {given[key]!r} must be: {kind}")
     return found
 
 
 def infer(
-    name: str,
-    args: tuple[Value, ...],
-    attrs: tuple[tuple[str, AttrValue], ...],
-    written: Mapping[str, TensorType],
+    name: str, args: tuple[Value, ...], attrs: AttrItems, written: Mapping[str, TensorType]
 ) -> tuple[Type, ...]:
     """Return the types of the results of an op without `problems`.
 
     Args:
         name: of the op.
-        args: its arguments.
+        args: its operands.
         attrs: its attributes, complete.
         written: what each cache value before the op was written with, by the value's name.
 
     Raises: KvantError ("ill-typed-op") if the type rule refuses.
     """
     types = tuple(a.type if isinstance(a.type, TensorType) else written[a.name] for a in args)
-    return OPS[name].infer(types, dict(attrs))
+    rule, given = OPS[name].rule, dict(attrs)
+    return _signature(name, rule, types, given) if isinstance(rule, str) else rule(types, given)

@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Any, Literal
 
-from .arrays import Array
-from .attention import round_queries
 from .encodings import Bfp, Int, Raw, Tokens
 from .encodings.raw import check_choice, check_integer
 from .errors import KvantError
@@ -151,10 +149,6 @@ class AttentionPlan:
         if self.compute == "float" or not isinstance(rest, Int) or rest.axis != "token":
             return None
         return QUERY_BITS.get(rest.bits)
-
-    def read_queries(self, q: Array) -> Array:
-        """Return mapped queries [B, Hq, Tq, D] as attend reads them, rounded or not."""
-        return q if self.query_bits is None else round_queries(q, self.query_bits)
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as JSON objects, each with its "kind"."""

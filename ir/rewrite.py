@@ -2,13 +2,15 @@
 
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 from .attrs import AttrValue
 from .errors import KvantError
 from .graph import Graph, Op, Value
 from .ops import complete, infer, problems
-from .types import TensorType, Type
+from .types import TensorType
 
+Text = str | None
 Rule = Callable[["Builder", Op, tuple[Value, ...]], Value | tuple[Value, ...] | None]
 
 
@@ -28,40 +30,23 @@ class Builder:
 
     def input(self, name: str, type: TensorType) -> Value:
         """Declare the input `name`, or return it if it is declared already."""
-        return self._declare("input", name, type)
+        return self._declare(self._leaf("input", name, type))
 
     def param(self, name: str, type: TensorType) -> Value:
         """Declare the parameter `name` (relative to the layer), or return the one there is."""
-        return self._declare("param", name, type)
+        return self._declare(self._leaf("param", name, type))
 
     def emit(
-        self,
-        op: str,
-        /,
-        *args: Value,
-        loc: str | None = None,
-        hint: str | None = None,
-        **attrs: AttrValue,
+        self, op: str, /, *args: Value, loc: Text = None, hint: Text = None, **attrs: AttrValue
     ) -> Value:
         """Append an op that gives one value. See emit_all."""
         made = self.emit_all(op, *args, loc=loc, hint=hint, **attrs)
         if len(made) == 1:
             return made[0]
-        raise KvantError(
-            "ill-typed-op",
-            f"{op} gives {len(made)} values, not one",
-            where=f"graph @{self.name}",
-            fix="use emit_all",
-        )
+        raise self._refused(op, args, f"{op} gives {len(made)} values, not one; use emit_all")
 
     def emit_all(
-        self,
-        op: str,
-        /,
-        *args: Value,
-        loc: str | None = None,
-        hint: str | None = None,
-        **attrs: AttrValue,
+        self, op: str, /, *args: Value, loc: Text = None, hint: Text = None, **attrs: AttrValue
     ) -> tuple[Value, ...]:
         """Append an op; attributes not given take their default.
 
@@ -75,66 +60,47 @@ class Builder:
         Returns: its results.
         Raises: KvantError ("ill-typed-op") if the op does not fit its arguments.
         """
-        full = complete(op, attrs)
-        types = self._infer(op, args, full)
-        names = tuple(self._fresh(hint or op) for _ in types)
-        return self._append(op, args, full, types, names, loc)
+        return self._append(Op(op, args, complete(op, attrs), (), loc), hint or op)
 
     def copy(self, op: Op, args: tuple[Value, ...]) -> tuple[Value, ...]:
         """Append `op` on other arguments: same names, types inferred again."""
         if op.name in ("input", "param"):
-            name, type = op.attr_as("name", str), op.result.tensor
-            return (self._declare(op.name, name, type, op.result.name, op.loc),)
-        types = self._infer(op.name, args, op.attrs)
-        return self._append(
-            op.name, args, op.attrs, types, tuple(r.name for r in op.results), op.loc
-        )
+            return (self._declare(op),)
+        return self._append(replace(op, args=args))
 
     def finish(self, outputs: Iterable[Value]) -> Graph:
         """Return the graph. It is not verified."""
         return Graph(self.name, tuple(self.ops), tuple(outputs))
 
-    def _infer(
-        self, op: str, args: tuple[Value, ...], attrs: tuple[tuple[str, AttrValue], ...]
-    ) -> tuple[Type, ...]:
-        found = problems(op, args, attrs)
-        if not found:
-            return infer(op, args, attrs, self._written)
-        where = f"graph @{self.name}: {op} {' '.join(map(str, args))}"
-        raise KvantError("ill-typed-op", "; ".join(found), where=where, fix="see kvant.ir.ops.OPS")
-
-    def _append(
-        self,
-        op: str,
-        args: tuple[Value, ...],
-        attrs: tuple[tuple[str, AttrValue], ...],
-        types: tuple[Type, ...],
-        names: tuple[str, ...],
-        loc: str | None,
-    ) -> tuple[Value, ...]:
+    def _append(self, op: Op, hint: str = "") -> tuple[Value, ...]:
+        """Append `op` with its types inferred; without a hint its results keep their names."""
+        if found := problems(op.name, op.args, op.attrs):
+            raise self._refused(op.name, op.args, "; ".join(found))
+        types = infer(op.name, op.args, op.attrs, self._written)
+        names = [self._fresh(hint) for _ in types] if hint else [r.name for r in op.results]
         results = tuple(Value(n, t) for n, t in zip(names, types, strict=True))
-        self._taken.update(names)
-        self.ops.append(Op(op, args, attrs, results, loc))
-        if op == "cache_write":
-            self._written[names[0]] = args[0].tensor
+        self.ops.append(replace(op, results=results))
+        if op.name == "cache_write":
+            self._written[names[0]] = op.args[0].tensor
         return results
 
-    def _declare(
-        self,
-        op: str,
-        name: str,
-        type: TensorType,
-        value: str | None = None,
-        loc: str | None = None,
-    ) -> Value:
-        attrs: tuple[tuple[str, AttrValue], ...] = (("name", name),)
+    def _leaf(self, op: str, name: str, type: TensorType) -> Op:
+        return Op(op, (), (("name", name),), (Value(self._fresh(name), type),))
+
+    def _declare(self, op: Op) -> Value:
+        """Append an input or a parameter; give the old one where it is declared already."""
         for old in self.ops:
-            if old.name == op and old.attrs == attrs:
-                if old.result.type == type:
+            if (old.name, old.attrs) == (op.name, op.attrs):
+                if old.result.type == op.result.type:
                     return old.result
-                what = f"the {op} {name} is {old.result.type}, not {type}"
-                raise KvantError("ill-typed-op", what, where=f"graph @{self.name}", fix="rename it")
-        return self._append(op, (), attrs, (type,), (value or self._fresh(name),), loc)[0]
+                what = f"{op.attr('name')} is {old.result.type}, not {op.result.type}"
+                raise self._refused(op.name, (), what)
+        self.ops.append(op)
+        return op.result
+
+    def _refused(self, op: str, args: tuple[Value, ...], what: str) -> KvantError:
+        where = " ".join([f"graph @{self.name}:", op, *map(str, args)])
+        return KvantError("ill-typed-op", what, where=where, fix="the table is kvant.ir.ops.OPS")
 
     def _fresh(self, hint: str) -> str:
         """Return a name not used yet, made of `hint`."""

@@ -1,22 +1,27 @@
 """What the makers of constants share: sizes of channels, in the basis before the pass; and checks.
 
-Statistics and weights are the original model's. A constant made for the second pass of a recipe must see
-what the first pass did: weights are read through the weight ops of the graph, statistics through the maps
-of the basis. Earlier constants are looked up in `weights` under their own names, `kvant.<something>`.
+Statistics and weights are the original model's. A constant made for the second pass of a recipe
+must see what the first pass did: weights are read through the weight ops of the graph, statistics
+through the maps of the basis. Earlier constants are looked up in `weights` under their own names,
+`kvant.<something>`.
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 
 from ..ir.arrays import Array
 from ..ir.errors import KvantError
 from ..ir.evaluate import evaluate
-from ..ir.graph import Graph, Op, Value
-from ..ir.maps import Hadamard, apply
+from ..ir.graph import Graph, Value
+from ..ir.maps import Hadamard, Map, apply
 from ..ir.rewrite import dead_code
 from ..ir.stats import LayerStats
-from .sites import Path, Site, basis_of, find_site, is_weight
+from .sites import Path, Site, find_site, is_weight, maps_of
+
+Maps = tuple[Map, ...]
+Place = Literal["fold", "site"]  # of a new map: before the maps that are online, or after them
 
 
 def need_site(graph: Graph) -> Site:
@@ -75,22 +80,18 @@ def weight_value(graph: Graph, value: Value, weights: Mapping[str, Array]) -> Ar
     return made
 
 
-def row_norms(graph: Graph, path: Path, weights: Mapping[str, Array]) -> Array:
-    """Return sqrt(|w_r|^2 + b_r^2) of the rows r that make each channel, times |norm weight|, [H, D].
+def row_norms(graph: Graph, path: Path, at: Place, weights: Mapping[str, Array]) -> Array:
+    """Return sqrt(|w_r|^2 + b_r^2) of the row r of each channel, times |norm weight|, [H, D].
 
     Raises: KvantError ("no-projection" if the stream comes from outside; "rotated-basis").
     """
-    maps = [op for op in path.online if op.name == "hadamard"]
-    if maps:
-        raise _rotated(path)
     total, gain = np.zeros(path.heads * path.width), np.ones((path.heads, path.width))
-    linears = [op for op in path.source if op.name == "linear"]
-    if not linears:
+    if not any(op.name == "linear" for op in path.source):
         raise KvantError(
             "no-projection",
             f"the {path.role} stream has no projection whose rows could be measured",
             where=f"graph @{graph.name}",
-            fix="use key = \"rms\" with a model, or leave the pass out",
+            fix='use key = "rms" with a model, or leave the pass out',
         )
     for op in path.source:
         for arg in (a for a in op.args if is_weight(graph, a)):
@@ -101,19 +102,22 @@ def row_norms(graph: Graph, path: Path, weights: Mapping[str, Array]) -> Array:
                 gain = gain * np.abs(array + op.attr_as("offset", float))
             else:
                 total += (array**2).sum(axis=1) if array.ndim == 2 else array**2
-    return _online(path, np.sqrt(total).reshape(gain.shape) * gain, graph, weights)
+    online = path.online if at == "site" else ()
+    return _mapped(path, maps_of(graph, online), np.sqrt(total).reshape(gain.shape) * gain, weights)
 
 
-def absmax(path: Path, write: Op, stats: LayerStats, constants: Mapping[str, Array]) -> Array:
-    """Return the largest |x| per head and channel of k or v, [H, D], in the basis of the stream."""
-    return _in_basis(path, write, stats.k_absmax if path.role == "k" else stats.v_absmax, constants)
+def absmax(path: Path, maps: Maps, stats: LayerStats, constants: Mapping[str, Array]) -> Array:
+    """Return the largest |x| per head and channel of k or v, [H, D], after `maps`."""
+    size = stats.k_absmax if path.role == "k" else stats.v_absmax
+    return _mapped(path, maps, size, constants)
 
 
-def second_moment(path: Path, write: Op, stats: LayerStats, constants: Mapping[str, Array]) -> Array:
-    """Return sqrt(E[x^2]) per head and channel of k or v, [H, D], in the basis of the stream."""
-    is_key = path.role == "k"
-    moment = stats.k_second_moment if is_key else stats.v_second_moment
-    return _in_basis(path, write, np.sqrt(np.asarray(moment, np.float64)), constants)
+def root_mean_square(
+    path: Path, maps: Maps, stats: LayerStats, constants: Mapping[str, Array]
+) -> Array:
+    """Return sqrt(E[x^2]) per head and channel of k or v, [H, D], after `maps`."""
+    moment = stats.k_second_moment if path.role == "k" else stats.v_second_moment
+    return _mapped(path, maps, np.sqrt(np.asarray(moment, np.float64)), constants)
 
 
 def named_array(name: str, constants: Mapping[str, Array], shape: tuple[int, ...]) -> Array:
@@ -142,30 +146,14 @@ def bad_constant(name: str, what: str, fix: str) -> KvantError:
     return KvantError("bad-constant", f"constant {name}: {what}", where=name, fix=fix)
 
 
-def _in_basis(path: Path, write: Op, size: Array, constants: Mapping[str, Array]) -> Array:
-    """Return sizes of channels after the maps of the basis; those of a rotation are not known."""
-    maps = basis_of(write)
+def _mapped(path: Path, maps: Maps, size: Array, constants: Mapping[str, Array]) -> Array:
+    """Return the sizes of channels after maps; after a rotation they are not known."""
     if any(isinstance(m, Hadamard) for m in maps):
-        raise _rotated(path)
+        raise KvantError(
+            "rotated-basis",
+            f"the {path.role} stream is rotated, so the size of one channel is not known",
+            where=f"the {path.role} path",
+            fix="put the pass before the rotation in the recipe",
+        )
     # Orders and scales act on sizes as on values; a negative scale would not, hence abs.
     return np.abs(apply(maps, np.asarray(size, np.float64)[:, None, :], constants))[:, 0, :]
-
-
-def _online(path: Path, size: Array, graph: Graph, constants: Mapping[str, Array]) -> Array:
-    """Return sizes after the gathers and scales that are online."""
-    for op in path.online:
-        constant = weight_value(graph, op.args[1], constants)
-        if op.name == "gather":
-            size = np.take_along_axis(size, constant.astype(np.int64), axis=-1)
-        else:
-            size = size / np.abs(constant) if op.attr("inverse") else size * np.abs(constant)
-    return size
-
-
-def _rotated(path: Path) -> KvantError:
-    return KvantError(
-        "rotated-basis",
-        f"the {path.role} stream is rotated, so the size of one channel is not known",
-        where=f"the {path.role} path",
-        fix="put the pass before the rotation in the recipe",
-    )

@@ -4,16 +4,17 @@
 
     <q Hd, k Hd> = <q, k>      because Hd is orthonormal
 
-RoPE and a QK-norm stand between the projections and this place and do not commute with a rotation, so the
-map is online on both sides: on k at append, on q in prepare. Nothing is folded.
-Source: QuaRot (Ashkboos et al., 2024); SpinQuant (Liu et al., 2024), rotation R3. Differs from it in: nothing.
+RoPE and a QK-norm stand between the projections and this place and do not commute with a rotation,
+so the map is online on both sides: on k at append, on q in prepare. Nothing is folded.
+Source: QuaRot (Ashkboos et al., 2024); SpinQuant (Liu et al., 2024), rotation R3. Differs from it
+in: nothing.
 """
 
 from ..ir.graph import Graph, Op, Value
 from ..ir.maps import Hadamard
 from ..ir.rewrite import Builder, rewrite
 from .hadamard_v import check_head_size
-from .sites import basis_of, check_once, emit_attend, emit_write, find_site
+from .sites import basis_of, check_once, emit_write, find_site
 
 
 def hadamard_qk(graph: Graph) -> Graph:
@@ -34,7 +35,7 @@ def hadamard_qk(graph: Graph) -> Graph:
             k = b.emit("hadamard", args[0], loc=op.loc)
             return emit_write(b, op, k, (*basis_of(op), new))
         if op == site.attend:
-            return emit_attend(b, op, b.emit("hadamard", args[0], loc=op.loc), *args[1:])
+            return b.copy(op, (b.emit("hadamard", args[0], loc=op.loc), *args[1:]))[0]
         return None
 
     return rewrite(graph, rule)

@@ -2,13 +2,13 @@
 
     cache(v), y = W_o o   ->   cache(v Hd), y = W_o' o'
 
-    o' = sum_t p_t (v_t Hd) = o Hd     and     y = sum_h W_o[h] o_h = sum_h (W_o[h] Hd) o'_h,   Hd Hd = 1
+    o' = sum_t p_t (v_t Hd) = o Hd,   y = sum_h W_o[h] o_h = sum_h (W_o[h] Hd) o'_h,   Hd Hd = 1
 
-Values never meet RoPE, so both maps fold into weights: the rows (and bias) of v_proj, and the columns of
-o_proj for every query head of the group. Where values or output do not touch a projection (a graph without
-weights, a norm on v, a gate on the output) that side stays online.
-Source: SpinQuant (Liu et al., 2024), rotation R2 with a Hadamard matrix; QuaRot (Ashkboos et al., 2024) in
-the per-head form on both sides. Differs from it in: nothing.
+Values never meet RoPE, so both maps fold into weights: the rows (and bias) of v_proj, and the
+columns of o_proj for every query head of the group. Where values or output do not touch a
+projection (a graph without weights, a norm on v, a gate on the output) that side stays online.
+Source: SpinQuant (Liu et al., 2024), rotation R2 with a Hadamard matrix; QuaRot (Ashkboos et al.,
+2024) in the per-head form on both sides. Differs from it in: nothing.
 """
 
 from ..ir.errors import KvantError
@@ -46,7 +46,7 @@ def hadamard_v(graph: Graph) -> Graph:
             return fold_into(graph, b, op, args, lambda b, w, _: _rows(b, w, site))
         if op in read:
             w = b.emit("hadamard_cols", args[1], heads=site.out.heads, loc=op.loc)
-            return b.emit("linear", args[0], w, *args[2:], loc=op.loc, hint=op.result.name)
+            return b.copy(op, (args[0], w, *args[2:]))[0]
         if op == site.v_write:
             return _write(b, op, args[0], site, folded=bool(write))
         if not read and op == undo_after(site, folded=bool(write)):

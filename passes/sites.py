@@ -1,7 +1,7 @@
 """An attention site: where q, k and v come from, where the output goes, which maps fold where.
 
-A pass puts a map M on a stream and its dual on the other side. `fold_points` pushes the map from the
-site towards the weights, as far as the algebra allows:
+A pass puts a map M on a stream and its dual on the other side. `fold_points` pushes the map from
+the site towards the weights, as far as the algebra allows:
 
                      pair-scale      scale           rotation      permutation
     split_heads      passes          passes          passes        passes
@@ -9,18 +9,19 @@ site towards the weights, as far as the algebra allows:
     rms_norm         its weight      its weight      refused       refused
     linear, add      its rows        its rows        its rows      its rows
 
-(`rms_norm` takes the map and ends the walk: what changes before a norm is normalised away.) What cannot
-be folded stays online, after RoPE on k and q. Source: research on the commutant of RoPE, and SpinQuant's
-names for the places; a shift of the keys is not built.
+(`rms_norm` takes the map and ends the walk: what changes before a norm is normalised away.) What
+cannot be folded stays online, after RoPE on k and q. Source: research on the commutant of RoPE,
+and SpinQuant's names for the places; a shift of the keys is not built.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from ..ir.encodings.tokens import Tokens
 from ..ir.errors import KvantError
 from ..ir.graph import Graph, Op, Value
-from ..ir.maps import Map
+from ..ir.maps import Gather, Hadamard, Map, Scale
 from ..ir.rewrite import Builder
 
 ONLINE = ("hadamard", "gather", "scale")
@@ -52,6 +53,9 @@ _REFUSED = {
     ("shift", "rms_norm"): "the norm divides by a size that the shift changes",
 }
 
+_NO_SHIFT = "a shift is not built; under a softcap a shift of the keys would not even be exact"
+
+Kind = Literal["pair-scale", "scale", "rotation", "permutation", "shift"]
 EmitFold = Callable[[Builder, Value, Op], Value]
 
 
@@ -166,7 +170,7 @@ def pair_of(rope: Op, width: int) -> tuple[int, ...]:
     )
 
 
-def fold_refusal(path: Path, kind: str) -> str | None:
+def fold_refusal(path: Path, kind: Kind) -> str | None:
     """Return why a map of `kind` cannot reach weights along `path`, or None if it can.
 
     Args:
@@ -177,7 +181,7 @@ def fold_refusal(path: Path, kind: str) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def fold_points(path: Path, kind: str) -> tuple[Op, ...]:
+def fold_points(path: Path, kind: Kind) -> tuple[Op, ...]:
     """Return the ops whose weights take a map of `kind` that is wanted at the site.
 
     Raises: KvantError ("illegal-fold") with the reason, where the map cannot get there.
@@ -193,11 +197,11 @@ def fold_points(path: Path, kind: str) -> tuple[Op, ...]:
     return found
 
 
-def value_points(site: Site, kind: str) -> tuple[tuple[Op, ...], tuple[Op, ...]]:
+def value_points(site: Site, kind: Kind) -> tuple[tuple[Op, ...], tuple[Op, ...]]:
     """Return the fold points of a map of v and of its inverse on the output; () means online.
 
-    What is applied last before storage is undone first after attend: a map online on v cannot be undone
-    in the projection if another is undone online before it.
+    What is applied last before storage is undone first after attend: a map online on v cannot be
+    undone in the projection if another is undone online before it.
     """
     write = () if fold_refusal(site.v, kind) else fold_points(site.v, kind)
     read = () if fold_refusal(site.out, kind) else fold_points(site.out, kind)
@@ -232,18 +236,15 @@ def fold_into(graph: Graph, b: Builder, op: Op, args: tuple[Value, ...], emit: E
         emit(b, now, op) if is_weight(graph, old) else now
         for old, now in zip(op.args, args, strict=True)
     )
-    return b.emit(op.name, *new, loc=op.loc, hint=op.result.name, **dict(op.attrs))
+    return b.copy(op, new)[0]
 
 
-def emit_write(b: Builder, op: Op, x: Value, basis: tuple[Map, ...]) -> Value:
-    """Emit a `cache_write` again, of another value in another basis."""
-    attrs = {**dict(op.attrs), "basis": basis}
-    return b.emit("cache_write", x, loc=op.loc, hint=op.result.name, **attrs)
-
-
-def emit_attend(b: Builder, op: Op, q: Value, k: Value, v: Value) -> Value:
-    """Emit `attend` again, on other values."""
-    return b.emit("attend", q, k, v, loc=op.loc, hint=op.result.name, **dict(op.attrs))
+def emit_write(
+    b: Builder, op: Op, x: Value, basis: tuple[Map, ...], store: Tokens | None = None
+) -> Value:
+    """Emit a `cache_write` again, of another value in another basis or stored in another way."""
+    attrs = {**dict(op.attrs), "basis": basis, "store": store or store_of(op)}
+    return b.copy(replace(op, attrs=tuple(sorted(attrs.items()))), (x,))[0]
 
 
 def basis_of(write: Op) -> tuple[Map, ...]:
@@ -257,10 +258,29 @@ def store_of(write: Op) -> Tokens:
     return write.attr_as("store", Tokens)
 
 
+def folded_of(write: Op, path: Path) -> tuple[Map, ...]:
+    """Return the part of the basis that is folded into weights: it acts before what is online."""
+    basis = basis_of(write)
+    return basis[: len(basis) - len(path.online)]
+
+
 def with_folded(write: Op, path: Path, new: Map) -> tuple[Map, ...]:
-    """Return the basis with a folded map: it acts before all maps that are online."""
-    basis, online = basis_of(write), len(path.online)
-    return (*basis[: len(basis) - online], new, *basis[len(basis) - online :])
+    """Return the basis with one more folded map."""
+    folded = folded_of(write, path)
+    return (*folded, new, *basis_of(write)[len(folded) :])
+
+
+def maps_of(graph: Graph, online: tuple[Op, ...]) -> tuple[Map, ...]:
+    """Return ops that stay online as maps."""
+    maps: list[Map] = []
+    for op in online:
+        if op.name == "hadamard":
+            maps.append(Hadamard(int(str(op.result.tensor.shape[-1]))))
+            continue
+        name = graph.producer(op.args[1]).attr_as("name", str)
+        inverse = op.name == "scale" and op.attr_as("inverse", bool)
+        maps.append(Gather(name) if op.name == "gather" else Scale(name, inverse))
+    return tuple(maps)
 
 
 def is_weight(graph: Graph, value: Value) -> bool:
@@ -287,7 +307,7 @@ def check_once(graph: Graph, write: Op, new: Map) -> None:
         )
 
 
-def _fold_walk(path: Path, kind: str) -> tuple[Op, ...] | str:
+def _fold_walk(path: Path, kind: Kind) -> tuple[Op, ...] | str:
     """Return the fold points of a map, or why there are none."""
     if path.role == "out":
         return _fold_walk_on(path, kind)
@@ -301,14 +321,14 @@ def _fold_walk(path: Path, kind: str) -> tuple[Op, ...] | str:
         if op.name in ("linear", "add", "rms_norm"):
             points.append(op)
         if op.name in ("linear", "rms_norm"):
-            return tuple(points)
+            return _NO_SHIFT if kind == "shift" else tuple(points)
     return "there is no projection; its values come from outside the graph"
 
 
-def _fold_walk_on(path: Path, kind: str) -> tuple[Op, ...] | str:
+def _fold_walk_on(path: Path, kind: Kind) -> tuple[Op, ...] | str:
     names = tuple(op.name for op in path.source)
     if names == ("merge_heads", "linear"):
-        return () if kind == "shift" else path.source[1:]
+        return _NO_SHIFT if kind == "shift" else path.source[1:]
     return "the attention output does not go straight into a projection"
 
 

@@ -6,14 +6,18 @@
 
 lambda is `kvant.k_smooth` [H, D], one row per key/value head, shared by its query heads:
 
-    lambda_c = max(a_c, a_c')^alpha,   a_c = max_t |k_tc|,   c' the other channel of c's RoPE pair;   0 -> 1
+    lambda_c = max(a_c, a_c')^alpha,   a_c = max_t |k_tc|,   c' = the other channel of the RoPE pair
 
-A scale that is equal within a pair commutes with RoPE, so both sides fold into weights: rows and biases of
-q_proj and k_proj, or the weights of a QK-norm, which would normalise an earlier scale away. A shared norm
-weight [D] becomes [H, D]; a norm that multiplies by (w + offset) gets w' = (w + offset) s - offset, with
-`kvant.q_norm_shift` and `kvant.k_norm_shift` = offset (s - 1). A graph without projections scales online.
-Source: QServe (Lin et al., 2024), SmoothAttention. Differs from it in: biases are scaled too (their code
-forgets them); a = max over calibration tokens; no search for alpha.
+and 1 where the maximum is 0.
+
+A scale that is equal within a pair commutes with RoPE, so both sides fold into weights: rows and
+biases of q_proj and k_proj, or the weights of a QK-norm, which would normalise an earlier scale
+away. A shared norm weight [D] becomes [H, D]. A norm that multiplies by (w + offset) needs
+w' = (w + offset) s - offset = (w + shift) s, with `kvant.q_norm_shift` and `kvant.k_norm_shift`
+= offset (1 - 1 / s). Where a side cannot fold (a graph without projections), both scale online,
+after RoPE.
+Source: QServe (Lin et al., 2024), SmoothAttention. Differs from it in: biases are scaled too
+(their code forgets them); a = max over calibration tokens; no search for alpha.
 """
 
 from collections.abc import Mapping
@@ -29,16 +33,17 @@ from ..ir.stats import LayerStats
 from ..ir.types import TensorType
 from .constants import absmax, bad_constant, named_array, need_site, need_stats
 from .sites import (
+    Kind,
     Path,
     Site,
     basis_of,
     check_once,
-    emit_attend,
     emit_write,
     find_site,
     fold_into,
     fold_points,
     fold_refusal,
+    folded_of,
     pair_of,
     with_folded,
 )
@@ -51,7 +56,7 @@ def smooth_k(graph: Graph, *, alpha: float = 0.5) -> Graph:
 
     Args:
         graph: of a layer.
-        alpha: exponent of the largest |k|, in [0, 1]; 0 changes nothing, 1 makes all channels alike.
+        alpha: exponent of the largest |k|, in [0, 1]; 0 changes nothing, 1 makes all alike.
 
     Returns: the new graph; `graph` itself if it has no attention.
     Raises: KvantError ("already-applied", "bad-option", "illegal-fold").
@@ -62,9 +67,9 @@ def smooth_k(graph: Graph, *, alpha: float = 0.5) -> Graph:
         return graph
     new = Scale(SMOOTH, inverse=True)
     check_once(graph, site.k_write, new)
-    if not (site.q.source or site.k.source):
+    of_q, of_k = _points(site)
+    if not of_k:
         return _online(graph, site, new)
-    of_q, of_k = (fold_points(path, _kind(path)) for path in (site.q, site.k))
 
     def rule(b: Builder, op: Op, args: tuple[Value, ...]) -> Value | None:
         if op in of_q or op in of_k:
@@ -92,16 +97,20 @@ def smooth_k_constants(
     """
     _check_alpha(alpha)
     site = need_site(graph)
-    size = absmax(site.k, site.k_write, need_stats(stats, "smooth-k"), weights)
+    of_q, of_k = _points(site)
+    maps = folded_of(site.k_write, site.k) if of_k else basis_of(site.k_write)
+    size = absmax(site.k, maps, need_stats(stats, "smooth-k"), weights)
     rope = site.k.rope
     if rope is not None:
         size = np.maximum(size, size[:, pair_of(rope, site.k.width)])
     smooth = np.where(size > 0.0, size, 1.0) ** alpha
     made = {SMOOTH: smooth}
-    for path, factor in ((site.q, np.repeat(smooth, site.group, axis=0)), (site.k, 1.0 / smooth)):
-        for op in () if fold_refusal(path, _kind(path)) else fold_points(path, _kind(path)):
+    factors = (np.repeat(smooth, site.group, axis=0), 1.0 / smooth)
+    for path, points, factor in zip((site.q, site.k), (of_q, of_k), factors, strict=True):
+        for op in points:
             if _offset(op):
-                made[_shift_name(path)] = _offset(op) * (factor - 1.0)
+                shift = _offset(op) * (1.0 - 1.0 / factor)
+                made[_shift_name(path)] = shift if path.heads > 1 else shift[0]
     return made
 
 
@@ -131,14 +140,27 @@ def check_smooth_k(graph: Graph, constants: Mapping[str, Array]) -> None:
         raise bad_constant(SMOOTH, what, "use the larger of the two for both")
 
 
+def _points(site: Site) -> tuple[tuple[Op, ...], tuple[Op, ...]]:
+    """Return the fold points of q and of k; none at all if one side must stay online."""
+    paths = (site.q, site.k)
+    if any(fold_refusal(path, _kind(path)) for path in paths):
+        return (), ()
+    of_q, of_k = (fold_points(path, _kind(path)) for path in paths)
+    return of_q, of_k
+
+
 def _fold(b: Builder, weight: Value, op: Op, path: Path, site: Site) -> Value:
     """Emit the scaled weight, bias or norm weight of a fold point."""
     s = b.param(SMOOTH, TensorType("f64", (site.heads, site.k.width)))
-    scaled = b.emit(
-        "scale_rows", weight, s, heads=path.heads, repeat=path.repeat, inverse=path.role == "k"
-    )
-    if not _offset(op):
-        return scaled
+    if _offset(op):
+        weight = _shifted(b, weight, op, path)
+    is_key = path.role == "k"
+    heads, repeat = path.heads, path.repeat
+    return b.emit("scale_rows", weight, s, heads=heads, repeat=repeat, inverse=is_key)
+
+
+def _shifted(b: Builder, weight: Value, op: Op, path: Path) -> Value:
+    """Emit the weight of a norm with an offset, moved so that scaling it scales the sum."""
     if weight.tensor.shape == (path.heads * path.width,) and path.heads > 1:
         raise KvantError(
             "illegal-fold",
@@ -146,8 +168,8 @@ def _fold(b: Builder, weight: Value, op: Op, path: Path, site: Site) -> Value:
             where=f"{op.name} {op.result}",
             fix="leave smooth-k out for this model",
         )
-    shift = b.param(_shift_name(path), TensorType("f64", (path.heads, path.width)))
-    return b.emit("add", scaled, shift)
+    shape = (path.heads, path.width)[path.heads == 1 :]
+    return b.emit("add", weight, b.param(_shift_name(path), TensorType("f64", shape)))
 
 
 def _online(graph: Graph, site: Site, new: Scale) -> Graph:
@@ -160,13 +182,13 @@ def _online(graph: Graph, site: Site, new: Scale) -> Graph:
             return emit_write(b, op, k, (*basis_of(op), new))
         if op == site.attend:
             q = b.emit("scale", args[0], b.param(SMOOTH, shape), repeat=site.group, loc=op.loc)
-            return emit_attend(b, op, q, *args[1:])
+            return b.copy(op, (q, *args[1:]))[0]
         return None
 
     return rewrite(graph, rule)
 
 
-def _kind(path: Path) -> str:
+def _kind(path: Path) -> Kind:
     return "scale" if path.rope is None else "pair-scale"
 
 

@@ -1,14 +1,14 @@
-"""Store the channels of every key head in another order, so that channels that share a block are alike.
+"""Store the channels of every key head in another order: those that share a block are alike.
 
     scores(q, cache(k))   ->   scores(gather(q, p), cache(gather(k, p)))
 
     sum_c q[p(c)] k[p(c)] = sum_c q[c] k[c]      for every permutation p
 
-The order is `kvant.k_order` [H, D], one per key/value head, shared by its query heads. It is a storage order
-after RoPE and is never folded: under RoPE a channel's angle belongs to its place.
-Source: "Accurate Block Quantization in LLMs with Outliers" (Trukhanov and Soloveychik, 2024), K-sort: argsort
-of the row norms of W_k. Differs from it in: the bias and a norm weight count; post-RoPE; key = "rms" sorts by
-sqrt(E[k_c^2]) of calibration instead.
+The order is `kvant.k_order` [H, D], one per key/value head, shared by its query heads. It is a
+storage order after RoPE and is never folded: under RoPE a channel's angle belongs to its place.
+Source: "Accurate Block Quantization in LLMs with Outliers" (Trukhanov and Soloveychik, 2024),
+K-sort: argsort of the row norms of W_k. Differs from it in: the bias and a norm weight count;
+post-RoPE; key = "rms" sorts by sqrt(E[k_c^2]) of calibration instead.
 """
 
 from collections.abc import Mapping
@@ -22,8 +22,8 @@ from ..ir.maps import Gather
 from ..ir.rewrite import Builder, rewrite
 from ..ir.stats import LayerStats
 from ..ir.types import TensorType
-from .constants import check_order, check_word, need_site, need_stats, row_norms, second_moment
-from .sites import basis_of, check_once, emit_attend, emit_write, find_site
+from .constants import check_order, check_word, need_site, need_stats, root_mean_square, row_norms
+from .sites import basis_of, check_once, emit_write, find_site
 
 ORDER = "kvant.k_order"
 KEYS = ("weight", "rms")
@@ -52,7 +52,7 @@ def sort_k(graph: Graph, *, key: Literal["weight", "rms"] = "weight") -> Graph:
             return emit_write(b, op, k, (*basis_of(op), Gather(ORDER)))
         if op == site.attend:
             q = b.emit("gather", args[0], b.param(ORDER, order), repeat=site.group, loc=op.loc)
-            return emit_attend(b, op, q, *args[1:])
+            return b.copy(op, (q, *args[1:]))[0]
         return None
 
     return rewrite(graph, rule)
@@ -78,9 +78,11 @@ def sort_k_constants(
     check_word("sort-k", "key", key, KEYS)
     site = need_site(graph)
     if key == "rms":
-        size = second_moment(site.k, site.k_write, need_stats(stats, "sort-k"), weights)
+        size = root_mean_square(
+            site.k, basis_of(site.k_write), need_stats(stats, "sort-k"), weights
+        )
     else:
-        size = row_norms(graph, site.k, weights)
+        size = row_norms(graph, site.k, "site", weights)
     return {ORDER: np.argsort(size, axis=-1, kind="stable").astype(np.int64)}
 
 

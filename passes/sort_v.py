@@ -2,10 +2,11 @@
 
     cache(v), y = W_o o   ->   cache(gather(v, p)), y = W_o' o'
 
-    y = sum_h sum_c W_o[h, p(c)] o_h[p(c)] = sum_h sum_c W_o[h, c] o_h[c]      for every permutation p
+    sum_h sum_c W_o[h, p(c)] o_h[p(c)] = sum_h sum_c W_o[h, c] o_h[c]      for every permutation p
 
-Values never meet RoPE, so the order folds: into the rows and bias of v_proj, and into the columns of o_proj
-for every query head of the group. The order is `kvant.v_order` [H, D]: argsort of the row norms of W_v.
+Values never meet RoPE, so the order folds: into the rows and bias of v_proj, and into the columns
+of o_proj for every query head of the group. The order is `kvant.v_order` [H, D]: argsort of the
+row norms of W_v.
 Source: our own extension of K-sort (Trukhanov and Soloveychik, 2024), which sorts keys only.
 """
 
@@ -20,8 +21,8 @@ from ..ir.maps import Gather
 from ..ir.rewrite import Builder, rewrite
 from ..ir.stats import LayerStats
 from ..ir.types import TensorType
-from .constants import check_order, check_word, need_site, need_stats, row_norms, second_moment
-from .sites import check_once, emit_write, find_site, fold_into, fold_points, with_folded
+from .constants import check_order, check_word, need_site, need_stats, root_mean_square, row_norms
+from .sites import check_once, emit_write, find_site, fold_into, fold_points, folded_of, with_folded
 
 ORDER = "kvant.v_order"
 KEYS = ("weight", "rms")
@@ -57,7 +58,7 @@ def sort_v(graph: Graph, *, key: Literal["weight", "rms"] = "weight") -> Graph:
         if op in read:
             order, heads = b.param(ORDER, shape), site.out.heads
             w = b.emit("gather_cols", args[1], order, heads=heads, repeat=site.group)
-            return b.emit("linear", args[0], w, *args[2:], loc=op.loc, hint=op.result.name)
+            return b.copy(op, (args[0], w, *args[2:]))[0]
         if op == site.v_write:
             return emit_write(b, op, args[0], with_folded(op, site.v, Gather(ORDER)))
         return None
@@ -76,9 +77,11 @@ def sort_v_constants(
     check_word("sort-v", "key", key, KEYS)
     site = need_site(graph)
     if key == "rms":
-        size = second_moment(site.v, site.v_write, need_stats(stats, "sort-v"), weights)
+        size = root_mean_square(
+            site.v, folded_of(site.v_write, site.v), need_stats(stats, "sort-v"), weights
+        )
     else:
-        size = row_norms(graph, site.v, weights)
+        size = row_norms(graph, site.v, "fold", weights)
     return {ORDER: np.argsort(size, axis=-1, kind="stable").astype(np.int64)}
 
 

@@ -101,7 +101,14 @@ class Artifact:
         """
         from .cache import Cache
 
-        return Cache(self, batch, max_tokens, start)
+        return Cache(
+            self.plans,
+            self.kernels,
+            batch=batch,
+            max_tokens=max_tokens,
+            start=start,
+            artifact_id=self.id,
+        )
 
     def restore(self, path: str | Path) -> "Cache":
         """Return the cache that `Cache.save` wrote to a file, if it was a cache of this artifact.

@@ -96,7 +96,8 @@ def check_closed_world(root: int, names: Iterable[str], where: str) -> None:
     if missing:
         raise KvantError(
             "file-missing",
-            f"the manifest lists {_names(missing)}, but the folder does not hold it",
+            f"the manifest lists {_names(missing)}, but the folder does not hold "
+            f"{'it' if len(missing) == 1 else 'them'}",
             where=where,
             fix=_COPY,
         )

@@ -150,7 +150,7 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-class KvantLayer(CacheLayerMixin):
+class KvantLayer(CacheLayerMixin):  # type: ignore[misc]  # the library is not typed for us
     """One layer as transformers sees it: it counts columns and hands k and v to the attention.
 
     Attributes:
@@ -185,7 +185,18 @@ class KvantLayer(CacheLayerMixin):
         """Do nothing: the cache is made when the first prompt shows its batch and padding."""
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return the columns of the mask after this pass, and 0."""
+        """Return the columns of the mask after this pass, and 0.
+
+        Raises: KvantError "empty-input": transformers cuts what is cached off a prompt, and nothing
+            was left.
+        """
+        if query_length == 0:
+            raise KvantError(
+                "empty-input",
+                f"the prompt has no token beyond the {self.seen} in the cache",
+                where="past_key_values",
+                fix="call cache.reset() before a new prompt",
+            )
         return self.seen + query_length, 0
 
     def get_seq_length(self) -> int:
@@ -197,7 +208,7 @@ class KvantLayer(CacheLayerMixin):
         return -1
 
 
-class KvantCache(TransformersCache):
+class KvantCache(TransformersCache):  # type: ignore[misc]
     """A transformers cache whose layers live in one packed cache of kvant.
 
     Made by `attach`. The packed cache appears with the first prompt, which shows the batch size and
@@ -436,7 +447,7 @@ def _check_call(plan: AttentionPlan, call: Call, layer: int) -> None:
         raise KvantError(
             "wrong-structure",
             f"the model attends with scale {scale:.6g}, window {call.window}, softcap {softcap}; "
-            f"the artifact has scale {plan.scale:.6g}, window {plan.window}, softcap {plan.softcap}",
+            f"the artifact has {plan.scale:.6g}, {plan.window} and {plan.softcap}",
             where=f"attention of layer {layer}",
             fix="compile this model",
         )

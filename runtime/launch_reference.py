@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..ir.attention import attend
+from ..ir.attention import attend, round_queries
 from ..ir.errors import KvantError
 from ..ir.maps import apply
 from ..ir.plan import AttentionPlan
@@ -62,9 +62,11 @@ class Kernels:
     def attend(self, layer: int, q: Floats, k: Stream, v: Stream) -> tuple[Floats, Floats]:
         """Return output and log-sum-exp; see `stream.Kernels`."""
         plan, constants = self._plans[layer], self._constants[layer]
-        mapped = apply(plan.q_maps, q, constants, plan.group)
+        queries = apply(plan.q_maps, q, constants, plan.group)
+        if plan.query_bits is not None:
+            queries = round_queries(queries, plan.query_bits)
         out, lse = attend(
-            plan.prepared(mapped),
+            queries,
             read_stream(k),
             read_stream(v),
             lengths=k.length,

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -24,7 +24,9 @@ MAX_TOTAL_BYTES = 8 << 30
 KNOWN_FEATURES: frozenset[str] = frozenset()
 
 _KEYS = {"schema", "kvant", "requires", "tools", "model", "recipe", "targets", "files"}
+_MODEL_KEYS = {"name", "architecture", "facts", "fingerprint", "weights"}
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+_VERSION = re.compile(r"[0-9]{1,4}\.[0-9]{1,4}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _DEVICES = {"con", "prn", "aux", "nul"} | {f"{d}{i}" for d in ("com", "lpt") for i in range(10)}
 _COPY = "copy the artifact again from its source, or compile it again"
@@ -116,7 +118,7 @@ def _check_identity(raw: bytes, id_file: bytes, pinned: str | None, where: str) 
         )
     if id_file == identity.encode() + b"\n":
         return identity
-    if not raw.endswith(b"}\n"):
+    if not raw.endswith(b"\n}\n"):
         raise KvantError(
             "manifest-truncated",
             f"the manifest is incomplete: it ends after {len(raw)} bytes",
@@ -135,6 +137,8 @@ def _check_identity(raw: bytes, id_file: bytes, pinned: str | None, where: str) 
 def _check_schema(facts: dict[str, Json], where: str) -> None:
     schema = facts.get("schema")
     match schema:
+        case {"major": bool()} | {"minor": bool()}:
+            _invalid("schema", "must be {major, minor}", where)
         case {"major": int(major), "minor": int(minor)}:
             pass
         case _:
@@ -169,6 +173,11 @@ def _check_schema(facts: dict[str, Json], where: str) -> None:
         _invalid(", ".join(sorted(_KEYS - facts.keys())), "is missing", where)
     if minor <= SCHEMA[1] and facts.keys() - _KEYS:
         _invalid(", ".join(sorted(facts.keys() - _KEYS)), "is not a key of this schema", where)
+    if not isinstance(facts["recipe"], str):
+        _invalid("recipe", "must be a string", where)
+    model = facts["model"]
+    if not isinstance(model, dict) or _MODEL_KEYS - model.keys():
+        _invalid("model", f"must hold {', '.join(sorted(_MODEL_KEYS))}", where)
 
 
 def _files(facts: dict[str, Json], where: str) -> dict[str, Listed]:
@@ -207,8 +216,30 @@ def _targets(
             _invalid(f"targets[{name!r}]", "must have a kind", where)
         if target.get("files") != sorted(owned[name]):
             _invalid(f"targets[{name!r}].files", "must list the files of its folder", where)
+        for key, problem in _problems(target):
+            _invalid(f"targets[{name!r}].{key}", problem, where)
         targets[name] = target
     return targets
+
+
+def _problems(target: dict[str, Json]) -> Iterator[tuple[str, str]]:
+    """Yield (key, problem) of facts that are there but not what the choice of a target reads."""
+    for key in ("system", "machine"):
+        if not isinstance(target.get(key, ""), str):
+            yield key, "must be a name"
+    if not _are_texts(target.get("features", [])):
+        yield "features", "must be a list of names"
+    glibc = target.get("glibc")
+    if glibc is not None and not (isinstance(glibc, str) and _VERSION.fullmatch(glibc)):
+        yield "glibc", "must be a version such as 2.17"
+    for key, problem in (("packages", "versions"), ("kernels", "texts")):
+        table = target.get(key, {})
+        if not isinstance(table, dict) or not _are_texts(list(table.values())):
+            yield key, f"must be {problem} by name"
+
+
+def _are_texts(values: Json) -> bool:
+    return isinstance(values, list) and all(isinstance(value, str) for value in values)
 
 
 def _size_and_digest(entry: Json) -> tuple[int, str]:

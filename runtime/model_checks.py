@@ -38,10 +38,8 @@ def check_model(model: Module, artifact: "Artifact") -> None:
             fix="pass the transformers model itself; merge adapters or take wrappers off first",
         )
     _check_architecture(model, artifact)
-    for index, (module, plan) in enumerate(
-        zip(attention_modules(model, artifact), artifact.plans, strict=True)
-    ):
-        _check_projections(module, artifact.layers[index].prefix, plan)
+    for module, entry in zip(attention_modules(model, artifact), artifact.layers, strict=True):
+        _check_projections(module, entry.prefix)
     check_samples(model, artifact.manifest["model"]["weights"])
 
 
@@ -79,6 +77,11 @@ def _check_architecture(model: Module, artifact: "Artifact") -> None:
         raise _wrong_structure(
             f"the model has {config.num_hidden_layers} layers, the artifact {artifact.layer_count}"
         )
+    hidden = made_from["facts"]["hidden"]
+    if config.hidden_size != hidden:
+        raise _wrong_structure(
+            f"the model is {config.hidden_size} channels wide, the compiled one {hidden}"
+        )
     for plan in dict.fromkeys(artifact.plans):
         _check_heads(config, plan)
 
@@ -100,40 +103,46 @@ def _wrong_structure(what: str) -> KvantError:
     )
 
 
-def _check_projections(module: Module, prefix: str, plan: AttentionPlan) -> None:
-    """Refuse a projection that is anything but torch.nn.Linear with float weights on the CPU."""
+def _check_projections(module: Module, prefix: str) -> None:
+    """Refuse a projection whose numbers are not simply there, in float, on the CPU."""
     from torch.nn import Linear
+    from transformers.pytorch_utils import Conv1D
 
-    for name, child in module.named_children():
-        if not name.endswith("proj"):
-            continue
-        if hasattr(child, "base_layer") or "lora" in type(child).__module__.lower():
+    for name, child in module.named_modules():
+        full = f"{prefix}{name}"
+        if hasattr(child, "base_layer"):
             raise KvantError(
                 "adapted-projection",
-                f"{prefix}{name} is a {type(child).__qualname__} around a base layer (LoRA)",
+                f"{full} is a {type(child).__qualname__} around a base layer (LoRA)",
                 where=_WHERE,
                 fix="merge the adapter into the model first (merge_and_unload)",
             )
-        if type(child) is not Linear or _is_wrapped(child.weight):
-            inside = type(child.weight.data).__name__ if type(child) is Linear else None
-            held = f" holding a {inside}" if inside else ""
-            raise KvantError(
-                "quantized-projection",
-                f"{prefix}{name} is a {type(child).__module__}.{type(child).__qualname__}{held}, "
-                "not a plain torch.nn.Linear",
-                where=_WHERE,
-                fix="load the model unquantized, with dtype float32, bfloat16 or float16",
-            )
-    for name, parameter in module.named_parameters():
-        _check_parameter(prefix + name, parameter)
+        own = dict(child.named_parameters(recurse=False))
+        for parameter in own.values():
+            if parameter.dim() > 1 and (type(child) not in (Linear, Conv1D) or _wraps(parameter)):
+                raise _quantized(full, child, parameter)
+        if "qweight" in child._buffers:
+            raise _quantized(full, child, child._buffers["qweight"])
+        for key, parameter in own.items():
+            _check_parameter(f"{full}.{key}", parameter)
 
 
-def _is_wrapped(weight: Parameter) -> bool:
-    """Return whether a weight is a tensor subclass, as torch's own quantization makes them."""
+def _wraps(parameter: Parameter) -> bool:
+    """Return whether a parameter is a tensor subclass, as torch's own quantization makes them."""
     from torch import Tensor
     from torch.nn import Parameter as TorchParameter
 
-    return type(weight) is not TorchParameter or type(weight.data) is not Tensor
+    return type(parameter) is not TorchParameter or type(parameter.data) is not Tensor
+
+
+def _quantized(name: str, module: Module, parameter: Parameter) -> KvantError:
+    return KvantError(
+        "quantized-projection",
+        f"{name} is a {type(module).__qualname__} holding a {type(parameter.data).__qualname__} of "
+        f"{parameter.dtype}, not a plain torch.nn.Linear",
+        where=_WHERE,
+        fix="load the model unquantized, with dtype float32, bfloat16 or float16",
+    )
 
 
 def _check_parameter(name: str, parameter: Parameter) -> None:

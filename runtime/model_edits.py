@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from ..ir.weight_edits import apply_weight_edits
+
 if TYPE_CHECKING:
     from .artifact import Artifact
 
@@ -23,16 +25,14 @@ def edit_weights(model: Module, artifact: "Artifact") -> dict[str, Tensor]:
     Each is computed in float64 and rounded once to the parameter's dtype. On an error the model is
     as it was.
     """
-    from ..ir.weight_edits import apply_weight_edits
-
     originals: dict[str, Tensor] = {}
     try:
         for edit in artifact.weight_edits:
             name = edit["parameter"]
             parameter = model.get_parameter(name)
             weight = parameter.detach().double().numpy()
-            edited = apply_weight_edits(weight, edit["ops"], artifact.tensors)
-            originals[name] = parameter.data
+            edited = apply_weight_edits(edit["ops"], weight, artifact.tensors)
+            originals.setdefault(name, parameter.data)
             parameter.data = rounded(edited, parameter.dtype)
     except BaseException:
         restore_weights(model, originals)
@@ -50,8 +50,8 @@ def rounded(x: Float64, dtype: Any) -> Tensor:
     """Return float64 values as a tensor of `dtype`, rounded once, to nearest even.
 
     NOTE: torch converts float64 to a 16-bit type by way of float32, which rounds twice. NumPy
-    rounds to float16 in one step. For bfloat16 the step to float32 rounds to odd, after which the second
-    rounding cannot go wrong: 24 bits are more than 8 + 2.
+    rounds to float16 in one step. For bfloat16 the step to float32 rounds to odd, after which the
+    second rounding cannot go wrong: 24 bits are more than 8 + 2.
     """
     import torch
 

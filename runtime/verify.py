@@ -43,15 +43,6 @@ of q may fall on either side; that moves a score by up to one step."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Source:
-    """One layer of an artifact as a cache of its own, with kernels that may be others."""
-
-    id: str
-    plans: tuple[AttentionPlan, ...]
-    kernels: Kernels
-
-
-@dataclass(frozen=True, slots=True)
 class _Shifted:
     """Kernels of one layer of an artifact, for a cache whose only layer is layer 0."""
 
@@ -124,7 +115,7 @@ def _check_layer(
     plan, constants = artifact.plans[layer], artifact.constants[layer]
     rng = np.random.default_rng(layer)
     caches = [
-        Cache(_Source(artifact.id, (plan,), _Shifted(kernels, layer)), BATCH, 1 << 20, [0, START])
+        Cache((plan,), _Shifted(kernels, layer), batch=BATCH, max_tokens=1 << 20, start=[0, START])
         for kernels in (artifact.kernels, reference)
     ]
     history: tuple[list[Floats], list[Floats]] = ([], [])

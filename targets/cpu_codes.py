@@ -17,9 +17,7 @@ import numpy as np
 
 from ..ir.encodings import Bfp, Int, Raw
 from ..ir.layouts import Field, PageLayout, code_bits
-from .cpu_text import Kernel, at, bits_as, cast, kind, number, splat
-
-PARAMS = {"f16": "float16", "bf16": "uint16", "f32": "float32"}
+from .cpu_text import Kernel, at, bits_as, cast, number, splat
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,18 +98,18 @@ class PageReader:
         if bits == 8:
             return cast("float32", self._read("codes", t, w, n), n)
         if bits != 3:
-            return cast("float32", _field(self._read("codes", t, w, n), f"{bits} * ({i})", bits, n), n)
+            return cast("float32", bit_field(self._read("codes", t, w, n), f"{bits} * ({i})", bits, n), n)
         # 3 bit: eight planes of C/8; two of them lie behind one another in the bytes of two bits.
         low_at = f"({i}) % 2 * {self.plane} + {w}"
-        low = _field(self._read("codes", t, low_at, n), f"({i}) // 2 * 2", 2, n)
-        high = _field(self._read("high", t, w, n), i, 1, n)
+        low = bit_field(self._read("codes", t, low_at, n), f"({i}) // 2 * 2", 2, n)
+        high = bit_field(self._read("high", t, w, n), i, 1, n)
         return cast("float32", f"({low} + {high} * {splat('T.uint8(4)', n)})", n)
 
     def codes(self, t: str, byte: str, lanes: int, i: int) -> str:
         """Return `lanes` codes of plane i as bytes, of 4 or 8 bits."""
         raw = self._read("codes", t, byte, lanes)
         bits = code_bits(self._coded())
-        return raw if bits == 8 else _field(raw, f"{4 * i}", 4, lanes)
+        return raw if bits == 8 else bit_field(raw, f"{4 * i}", 4, lanes)
 
     def scale(self, row: str, column: str, lanes: int) -> str:
         """Return scales of neighbours in a row of the parameters, f32."""
@@ -156,11 +154,9 @@ def as_f32(stored: str, dtype: str, lanes: int) -> str:
     return bits_as("float32", f"T.shift_left({wide}, {splat('T.uint32(16)', lanes)})", lanes)
 
 
-def _field(raw: str, shift: str, bits: int, lanes: int) -> str:
+def bit_field(raw: str, shift: str, bits: int, lanes: int) -> str:
     """Return `bits` bits of each byte, from bit `shift` on."""
     amount = splat(f'T.Cast("uint8", {shift})', lanes)
     mask = splat(f"T.uint8({2**bits - 1})", lanes)
     return f"T.bitwise_and(T.shift_right({raw}, {amount}), {mask})"
 
-
-__all__ = ["PARAMS", "PageReader", "as_f32", "kind"]

@@ -29,6 +29,7 @@ class Kernel:
     scalars: list[str] = field(default_factory=list)
     lines: list[str] = field(default_factory=list)
     depth: int = 1
+    names: dict[str, int] = field(default_factory=dict)
 
     def line(self, text: str) -> None:
         """Write one line at the present depth."""
@@ -41,6 +42,12 @@ class Kernel:
     def let(self, name: str, value: str) -> None:
         """Bind a name to a value."""
         self.line(f"{name}: T.let = {value}")
+
+    def fresh(self, name: str, value: str) -> str:
+        """Bind a new name that begins with `name` to a value, and return it."""
+        self.names[name] = self.names.get(name, 0) + 1
+        self.let(f"{name}_{self.names[name]}", value)
+        return f"{name}_{self.names[name]}"
 
     @contextmanager
     def block(self, head: str) -> Iterator[None]:

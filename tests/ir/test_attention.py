@@ -118,7 +118,9 @@ def test_parts_are_merged_by_their_lse():
     q, k, v = random_case(4, queries=1)
     whole, lse = attend(q, k, v, lengths=np.array([7, 7]), scale=1.0)
     parts = [(k[:, :, s], v[:, :, s]) for s in (slice(0, 3), slice(3, 7))]
-    done = [attend(q, *p, lengths=np.full(2, p[0].shape[2]), scale=1.0, causal=False) for p in parts]
+    done = [
+        attend(q, *p, lengths=np.full(2, p[0].shape[2]), scale=1.0, causal=False) for p in parts
+    ]
     weights = [np.exp(part_lse - lse)[..., None] for _, part_lse in done]
     merged = sum(w * out for w, (out, _) in zip(weights, done, strict=True))
     assert np.allclose(merged, whole, rtol=1e-12)

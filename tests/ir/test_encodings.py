@@ -162,7 +162,12 @@ def test_error_of_the_other_formats_is_pinned(fmt, expected):
 # Degenerate groups
 
 FORMATS = [
-    *(Int(b, a, 8, z) for b in (2, 3, 4, 8) for a in ("token", "channel") for z in ("int", "float")),
+    *(
+        Int(b, a, 8, z)
+        for b in (2, 3, 4, 8)
+        for a in ("token", "channel")
+        for z in ("int", "float")
+    ),
     *(Int(b, a, 8, "none") for b in (2, 4, 8) for a in ("token", "channel")),
     Int(4, "token", 8, "float", "bf16"),
     Bfp(4, 8),
@@ -257,7 +262,7 @@ def test_int_error_is_half_a_step_and_what_rounding_the_params_costs(case):
     error = np.abs(fmt._grouped(fmt.decode(fields)) - groups)
     unit = {"f16": 2.0**-11, "bf16": 2.0**-8, "f32": 2.0**-24}[fmt.params]
     largest = np.abs(groups).max(axis=(-3, -1), keepdims=True)
-    # A scale and a zero point are off by at most one unit; zero = int moves the range by half a step.
+    # Scale and zero point are off by at most one unit; zero = int moves the range by half a step.
     slack = 2.5 * unit * (largest + fmt.steps * scale) + 2.0**-24 * fmt.steps
     half = 1.0 if fmt.zero == "int" else 0.5
     assert (error <= half * scale + slack).all()
@@ -282,7 +287,10 @@ def test_fields_have_the_shapes_and_types_of_the_contract(case):
 @given(ints())
 def test_each_group_is_encoded_by_itself(case):
     fmt, x = case
-    parts = [fmt.roundtrip(x[:, t : t + fmt.group_tokens]) for t in range(0, x.shape[1], fmt.group_tokens)]
+    parts = [
+        fmt.roundtrip(x[:, t : t + fmt.group_tokens])
+        for t in range(0, x.shape[1], fmt.group_tokens)
+    ]
     assert np.array_equal(np.concatenate(parts, axis=1), fmt.roundtrip(x))
 
 

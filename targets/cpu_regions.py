@@ -1,0 +1,92 @@
+"""Walking the keys of one work item: its split of the positions, and where they are stored.
+
+Split 0 holds the positions [0, sink + C), split i holds [sink + i C, sink + (i + 1) C), with C whole
+pages of K. The bounds depend on the length alone, so neither the batch nor the threads change a bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import lcm
+
+from ..ir.plan import AttentionPlan, StreamPlan
+from .cpu_codes import PageReader
+from .cpu_text import Kernel
+
+SPLIT_TOKENS = 512
+# Queries of one item of attend_block.
+TILE_QUERIES = 8
+# Logits in front of a row of the scratch: a vector may begin up to seven places early.
+PAD = 8
+
+RawRegion = Callable[[str, str, str, str], None]
+PageRegion = Callable[[], None]
+
+
+def split_tokens(plan: AttentionPlan) -> int:
+    """Return C: whole pages of K, at least 512 tokens."""
+    page = plan.k.page_tokens
+    return lcm(page, SPLIT_TOKENS) if lcm(page, SPLIT_TOKENS) <= 2048 else page * max(1, 512 // page)
+
+
+def row_stride(plan: AttentionPlan) -> int:
+    """Return the logits that the scratch holds for each query."""
+    return PAD + -(-(plan.k.tokens.sink + split_tokens(plan)) // 8) * 8 + 8
+
+
+def stream_arguments(kernel: Kernel, stream: StreamPlan) -> PageReader:
+    """Declare the arguments that name a stream, and return the reader of its pages."""
+    role, reader = stream.role, PageReader(stream.page_layout(), stream.role)
+    if stream.tokens.sink:
+        kernel.array(f"{role}_sink", "float32")
+    kernel.array(f"{role}_tail", "float32")
+    for name in ("tail_first", "table", "encoded"):
+        kernel.array(f"{role}_{name}", "int64")
+    reader.arrays(kernel)
+    kernel.scalar(f"{role}_capacity")
+    kernel.scalar(f"{role}_max_pages")
+    return reader
+
+
+def write_split(kernel: Kernel, plan: AttentionPlan) -> None:
+    """Bind the positions [lo, hi) of split `split` of row b."""
+    sink, size = plan.k.tokens.sink, split_tokens(plan)
+    kernel.let("length", "length_of[b]")
+    begin = f"split * {size} + {sink}" if sink else f"split * {size}"
+    kernel.let("lo", f"T.Select(split > 0, {begin}, T.int64(0))" if sink else begin)
+    kernel.let("hi", f"T.min(length, split * {size} + {sink + size})")
+
+
+def write_regions(
+    kernel: Kernel, reader: PageReader, stream: StreamPlan, raw: RawRegion, page: PageRegion
+) -> None:
+    """Walk the positions [see0, see1) of a stream: sink, pages, tail.
+
+    Args:
+        kernel: where to write; b, h, see0, see1 are bound.
+        reader: of the stream's pages.
+        stream: the plan.
+        raw: called with (buffer, base, first, last): position p is at base + p * channels.
+        page: called inside the loop over pages; bound are <role>_pos, the position of the page's
+            first token, and <role>_t0, <role>_t1, the tokens of the page that are wanted.
+    """
+    role, sink, width, size = stream.role, stream.tokens.sink, stream.channels, stream.page_tokens
+    head = f"(b * {stream.heads} + h)"
+    if sink:
+        kernel.let(f"{role}_sink_base", f"{head} * {sink * width}")
+        raw(f"{role}_sink", f"{role}_sink_base", "see0", f"T.min(see1, T.int64({sink}))")
+    kernel.let(f"{role}_end", f"T.min(see1, {role}_encoded[b])")
+    first = f"T.shift_right(T.max(see0 - {sink}, T.int64(0)), T.int64({size.bit_length() - 1}))"
+    if size & (size - 1):
+        first = f"T.truncdiv(T.max(see0 - {sink}, T.int64(0)), T.int64({size}))"
+    last = f"T.truncdiv({role}_end - {sink} + {size - 1}, T.int64({size}))"
+    with kernel.block(f"for page in T.serial({first}, T.max({first}, {last}))"):
+        kernel.let(f"{role}_pos", f"page * {size} + {sink}")
+        kernel.let(f"{role}_t0", f"T.max(see0 - {role}_pos, T.int64(0))")
+        kernel.let(f"{role}_t1", f"T.min({role}_end - {role}_pos, T.int64({size}))")
+        kernel.let(f"{role}_page", f"{role}_table[b * {role}_max_pages + page]")
+        reader.open_page(kernel, f"{role}_page")
+        page()
+    base = f"({head} * {role}_capacity - {role}_tail_first[b]) * {width}"
+    kernel.let(f"{role}_tail_base", base)
+    raw(f"{role}_tail", f"{role}_tail_base", f"T.max(see0, {role}_encoded[b])", "see1")

@@ -1,0 +1,297 @@
+"""Scores of float arithmetic: s[r, t] = <q_r, x^_t> for one block of query rows.
+
+    one scale a token        <q, c> s + (sum q) z               after the dot, eight tokens at once
+    several scales a token   sum_g <q, c>_g s_g + (sum q)_g z_g  after the dot of each group
+    scales of channels       <q s, c> + <q, z>                   q s and <q, z> once for each group
+
+A dot is kept in 8 lanes of channels and summed over the lanes by a tree. A token past the end may be
+computed where that stays inside its page; the caller overwrites or masks what it gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import gcd
+
+from ..ir.encodings import Int, Raw
+from .cpu_codes import PageReader
+from .cpu_regions import PAD
+from .cpu_text import Kernel, at, fma, horizontal, number, splat
+
+# Tokens of one step by query rows: four to eight sums hide the latency of an fma.
+TOKENS = {1: 8, 2: 4, 3: 2, 4: 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """A block of query rows that share each unpacked code.
+
+    Attributes:
+        first: text of the first row.
+        count: rows, at most 8.
+        channels: of a query.
+        stride: logits of the scratch for each row.
+    """
+
+    first: str
+    count: int
+    channels: int
+    stride: int
+
+    def query(self, r: str, c: str) -> str:
+        """Return where channel c of row r is in `query`."""
+        return f"q_base + ({self.first} + {r}) * {self.channels} + {c}"
+
+    def logit(self, r: str, position: str) -> str:
+        """Return where the logit of a position of row r is in the scratch."""
+        return f"({self.first} + {r}) * {self.stride} + {position} - lo + {PAD}"
+
+
+def blocks(count: int, most: int) -> list[tuple[int, int]]:
+    """Return (first, size) of as few and as equal blocks as possible."""
+    number_of = -(-count // most)
+    edges = [count * i // number_of for i in range(number_of + 1)]
+    return [(low, high - low) for low, high in zip(edges, edges[1:], strict=False)]
+
+
+@dataclass(frozen=True, slots=True)
+class Dot:
+    """What is multiplied: texts of a value and of a query vector.
+
+    Attributes:
+        lanes: channels at once.
+        value: (token, channel) -> f32 vector.
+        query: (row, channel) -> f32 vector.
+        start: row -> f32 vector that the sum begins with.
+    """
+
+    lanes: int
+    value: Callable[[str, str], str]
+    query: Callable[[str, str], str]
+    start: Callable[[str], str]
+
+
+def write_dots(kernel: Kernel, rows: Rows, dot: Dot, t: str, tokens: int, position: str) -> None:
+    """Write the dots of tokens t, t + 1, ... with every row, from logit `position` on."""
+    n, lanes = rows.count, dot.lanes
+    kernel.scratch("acc", n * tokens * lanes)
+    with kernel.block(f"for r in T.unroll({n})"), kernel.block(f"for s in T.unroll({tokens})"):
+        kernel.line(f"{at('acc', f'(r * {tokens} + s) * {lanes}', lanes)} = {dot.start('r')}")
+    with (
+        kernel.block(f"for j in T.unroll({rows.channels // lanes})"),
+        kernel.block(f"for s in T.unroll({tokens})"),
+    ):
+        kernel.let("x", dot.value(f"{t} + s", f"j * {lanes}"))
+        with kernel.block(f"for r in T.unroll({n})"):
+            acc = at("acc", f"(r * {tokens} + s) * {lanes}", lanes)
+            kernel.line(f"{acc} = {fma(dot.query('r', f'j * {lanes}'), 'x', acc)}")
+    store_sums(kernel, rows, tokens, lanes, position)
+
+
+def store_sums(kernel: Kernel, rows: Rows, tokens: int, lanes: int, position: str) -> None:
+    """Sum the lanes of `acc` (row by row, then token by token) and store the logits."""
+    total = rows.count * tokens
+    kernel.scratch("sums", -(-total // 4) * 4)
+    horizontal(kernel, [("acc", str(i * lanes)) for i in range(total)], lanes, "sums")
+    step = gcd(tokens, 4)
+    for r in range(rows.count):
+        for s in range(0, tokens, step):
+            target = at("logits", rows.logit(str(r), f"{position} + {s}"), step)
+            kernel.line(f"{target} = {at('sums', str(r * tokens + s), step)}")
+
+
+def write_raw_scores(
+    kernel: Kernel, rows: Rows, buffer: str, base: str, first: str, last: str
+) -> None:
+    """Write the scores of raw f32 keys at positions [first, last), never reading another."""
+    lanes = gcd(8, rows.channels)
+    dot = Dot(
+        lanes,
+        lambda t, c: at(buffer, f"{base} + ({t}) * {rows.channels} + {c}", lanes),
+        lambda r, c: at("query", rows.query(r, c), lanes),
+        lambda r: number(0.0, lanes),
+    )
+    tokens = TOKENS.get(rows.count, 1)
+    begin = kernel.fresh("first", first)
+    count = kernel.fresh("count", f"T.max({last} - {begin}, T.int64(0))")
+    whole = kernel.fresh("whole", f"T.truncdiv({count}, T.int64({tokens}))")
+    with kernel.block(f"for step in T.serial({whole})"):
+        kernel.let("t", f"{begin} + step * {tokens}")
+        write_dots(kernel, rows, dot, "t", tokens, "t")
+    if tokens > 1:
+        with kernel.block(f"for rest in T.serial({count} - {whole} * {tokens})"):
+            kernel.let("t", f"{begin} + {whole} * {tokens} + rest")
+            write_dots(kernel, rows, dot, "t", 1, "t")
+
+
+def score_scratch(kernel: Kernel, reader: PageReader, rows: int) -> None:
+    """Declare and fill what the scores of one item need for every page."""
+    layout, lanes = reader.layout, reader.lanes
+    if isinstance(layout.format, Raw):
+        return
+    if reader.per_channel:
+        kernel.scratch("query_scaled", rows * layout.channels)
+        kernel.scratch("query_zero", rows * lanes)
+        return
+    # Sums of q by group, kept by lanes: their sum over the lanes is the group's.
+    kernel.scratch("query_sums", rows * reader.groups * lanes)
+    with kernel.block(f"for g in T.serial({rows * reader.groups})"):
+        target = at("query_sums", f"g * {lanes}", lanes)
+        kernel.line(f"{target} = {number(0.0, lanes)}")
+        with kernel.block(f"for j in T.serial({reader.group // lanes})"):
+            part = at("query", f"q_base + g * {reader.group} + j * {lanes}", lanes)
+            kernel.line(f"{target} = {target} + {part}")
+    if reader.groups == 1:
+        kernel.scratch("query_sum", rows)
+        with kernel.block(f"for r in T.serial({rows})"):
+            terms = [f"query_sums[r * {lanes} + {i}]" for i in range(lanes)]
+            kernel.line(f"query_sum[r] = {' + '.join(terms)}")
+        return
+    kernel.scratch("k_scales", layout.tokens * reader.groups)
+    kernel.scratch("k_zeros", layout.tokens * reader.groups)
+
+
+def write_page_scores(kernel: Kernel, reader: PageReader, rows: Rows) -> None:
+    """Write the scores of the present page for a block of rows."""
+    if reader.per_channel:
+        _channel_scales(kernel, reader, rows)
+    elif isinstance(reader.layout.format, Raw) or reader.groups == 1:
+        _one_scale(kernel, reader, rows)
+    else:
+        _group_scales(kernel, reader, rows)
+
+
+def _plain(reader: PageReader, rows: Rows) -> Dot:
+    lanes, plane = reader.lanes, reader.plane
+    return Dot(
+        lanes,
+        lambda t, c: reader.value(t, f"({c}) // {plane}", f"({c}) % {plane}"),
+        lambda r, c: at("query", rows.query(r, c), lanes),
+        lambda r: number(0.0, lanes),
+    )
+
+
+def _one_scale(kernel: Kernel, reader: PageReader, rows: Rows) -> None:
+    """Dots of the codes alone; then scale and zero, eight tokens at once."""
+    tokens = TOKENS.get(rows.count, 1)
+    with kernel.block(f"for step in T.serial(T.truncdiv(k_t1 + {tokens - 1}, T.int64({tokens})))"):
+        kernel.let("t", f"step * {tokens}")
+        write_dots(kernel, rows, _plain(reader, rows), "t", tokens, "k_pos + t")
+    if not isinstance(reader.layout.format, Raw):
+        write_scales_of_tokens(kernel, reader, rows, None)
+
+
+def write_scales_of_tokens(
+    kernel: Kernel, reader: PageReader, rows: Rows, step: Callable[[str], str] | None
+) -> None:
+    """Turn dots with codes into scores: dot s step + (sum q) z, eight tokens at once."""
+    with kernel.block("for eight in T.serial(T.shift_right(k_t1 + 7, T.int64(3)))"):
+        kernel.let("scale", reader.scale("eight * 8", "0", 8))
+        kernel.let("zero", reader.zero("eight * 8", "0", 8, "scale"))
+        with kernel.block(f"for r in T.unroll({rows.count})"):
+            logits = at("logits", rows.logit("r", "k_pos + eight * 8"), 8)
+            scale = "scale" if step is None else f"(scale * {splat(step('r'), 8)})"
+            shift = f"{splat(f'query_sum[{rows.first} + r]', 8)} * zero"
+            kernel.line(f"{logits} = {fma(logits, scale, shift)}")
+
+
+def write_page_params(kernel: Kernel, reader: PageReader) -> None:
+    """Copy the scales and zeros of the present page to f32 scratch, token by token.
+
+    Only for several scales a token: the others are read where they are used.
+    """
+    if isinstance(reader.layout.format, Raw) or reader.per_channel or reader.groups == 1:
+        return
+    count = reader.layout.tokens * reader.groups
+    lanes = gcd(8, reader.groups * reader.layout.tokens)
+    with kernel.block(f"for i in T.serial(T.int64({count // lanes}))"):
+        kernel.let("scale", reader.scale("0", f"i * {lanes}", lanes))
+        kernel.line(f"{at('k_scales', f'i * {lanes}', lanes)} = scale")
+        zero = reader.zero("0", f"i * {lanes}", lanes, "scale")
+        kernel.line(f"{at('k_zeros', f'i * {lanes}', lanes)} = {zero}")
+
+
+def _group_scales(kernel: Kernel, reader: PageReader, rows: Rows) -> None:
+    """A dot for each group of channels, scaled before it is added."""
+    tokens, dot = TOKENS.get(rows.count, 1), _plain(reader, rows)
+    with kernel.block(f"for step in T.serial(T.truncdiv(k_t1 + {tokens - 1}, T.int64({tokens})))"):
+        kernel.let("t", f"step * {tokens}")
+
+        def group(g: int, s: str) -> None:
+            with kernel.block(f"for r in T.unroll({rows.count})"):
+                part = at("part", f"r * {dot.lanes}", dot.lanes)
+                kernel.line(f"{part} = {number(0.0, dot.lanes)}")
+            with kernel.block(f"for j in T.unroll({reader.group // dot.lanes})"):
+                channel = f"{g * reader.group} + j * {dot.lanes}"
+                kernel.let("x", dot.value(f"t + {s}", channel))
+                with kernel.block(f"for r in T.unroll({rows.count})"):
+                    acc = at("part", f"r * {dot.lanes}", dot.lanes)
+                    kernel.line(f"{acc} = {fma(dot.query('r', channel), 'x', acc)}")
+
+        write_group_sums(kernel, reader, rows, tokens, group)
+        store_sums(kernel, rows, tokens, dot.lanes, "k_pos + t")
+
+
+def write_group_sums(
+    kernel: Kernel,
+    reader: PageReader,
+    rows: Rows,
+    tokens: int,
+    group: Callable[[int, str], None],
+) -> None:
+    """Write acc = sum_g part_g s_g + (sum q)_g z_g; `group(g, s)` writes part of token t + s."""
+    n, lanes, groups = rows.count, reader.lanes, reader.groups
+    kernel.scratch("acc", n * tokens * lanes)
+    kernel.scratch("part", n * lanes)
+    with kernel.block(f"for i in T.unroll({n * tokens})"):
+        kernel.line(f"{at('acc', f'i * {lanes}', lanes)} = {number(0.0, lanes)}")
+    with kernel.block(f"for s in T.unroll({tokens})"):
+        for g in range(groups):
+            group(g, "s")
+            with kernel.block(f"for r in T.unroll({n})"):
+                acc = at("acc", f"(r * {tokens} + s) * {lanes}", lanes)
+                scale = splat(f"k_scales[(t + s) * {groups} + {g}]", lanes)
+                zero = splat(f"k_zeros[(t + s) * {groups} + {g}]", lanes)
+                sums = at("query_sums", f"(({rows.first} + r) * {groups} + {g}) * {lanes}", lanes)
+                part = at("part", f"r * {lanes}", lanes)
+                kernel.line(f"{acc} = {fma(part, scale, fma(sums, zero, acc))}")
+
+
+def _channel_scales(kernel: Kernel, reader: PageReader, rows: Rows) -> None:
+    """For each group of tokens: q times the scales, and <q, zero>; then dots of the codes."""
+    fmt = reader.layout.format
+    size = fmt.group if isinstance(fmt, Int) else 1
+    lanes, plane, width = reader.lanes, reader.plane, rows.channels
+    tokens = gcd(TOKENS.get(rows.count, 1), size)
+    whole = f"T.truncdiv(k_t1 + {size - 1}, T.int64({size}))"
+    with kernel.block(f"for g in T.serial({whole})"):
+        _scale_queries(kernel, reader, rows)
+        dot = Dot(
+            lanes,
+            lambda t, c: reader.value(t, f"({c}) // {plane}", f"({c}) % {plane}"),
+            lambda r, c: at("query_scaled", f"({rows.first} + {r}) * {width} + {c}", lanes),
+            lambda r: at("query_zero", f"({rows.first} + {r}) * {lanes}", lanes),
+        )
+        count = f"T.min(k_t1 - g * {size}, T.int64({size}))"
+        steps = f"T.truncdiv({count} + {tokens - 1}, T.int64({tokens}))"
+        with kernel.block(f"for step in T.serial({steps})"):
+            kernel.let("t", f"g * {size} + step * {tokens}")
+            write_dots(kernel, rows, dot, "t", tokens, "k_pos + t")
+
+
+def _scale_queries(kernel: Kernel, reader: PageReader, rows: Rows) -> None:
+    """Fill query_scaled and query_zero for token group g."""
+    lanes, width = reader.lanes, rows.channels
+    with kernel.block(f"for r in T.unroll({rows.count})"):
+        target = at("query_zero", f"({rows.first} + r) * {lanes}", lanes)
+        kernel.line(f"{target} = {number(0.0, lanes)}")
+    with kernel.block(f"for j in T.serial({width // lanes})"):
+        kernel.let("scale", reader.scale("g", f"j * {lanes}", lanes))
+        kernel.let("zero", reader.zero("g", f"j * {lanes}", lanes, "scale"))
+        with kernel.block(f"for r in T.unroll({rows.count})"):
+            query = at("query", rows.query("r", f"j * {lanes}"), lanes)
+            scaled = at("query_scaled", f"({rows.first} + r) * {width} + j * {lanes}", lanes)
+            target = at("query_zero", f"({rows.first} + r) * {lanes}", lanes)
+            kernel.line(f"{scaled} = {query} * scale")
+            kernel.line(f"{target} = {fma(query, 'zero', target)}")

@@ -1,0 +1,545 @@
+"""Capture against stock transformers in numbers, and every refusal of it."""
+
+import inspect
+import linecache
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvant.compiler.bind import ModelSource, open_model
+from kvant.compiler.capture import Model, capture, mask_function, without_locations
+from kvant.compiler.self_check import STEPS, check_capture, randomize, self_check
+from kvant.ir.errors import KvantError
+from kvant.ir.graph import Graph, Op
+from kvant.ir.ops import OPS
+from kvant.ir.text import parse, print_graph
+
+from .conftest import FAMILIES, MakeModel
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+from transformers import Cache  # noqa: E402
+from transformers.models.llama.modeling_llama import (  # noqa: E402
+    ALL_ATTENTION_FUNCTIONS,
+    LlamaAttention,
+    apply_rotary_pos_emb,
+)
+
+PLAIN = "linear split_heads rope linear split_heads rope cache_write cache_read"
+VALUE = "linear split_heads cache_write cache_read attend merge_heads linear"
+NORMED = PLAIN.replace("split_heads rope", "split_heads rms_norm rope")
+FUSED = "slice_rows linear split_heads"
+OPS_OF = {
+    "llama": f"{PLAIN} {VALUE}",
+    "mistral": f"{PLAIN} {VALUE}",
+    "qwen2": f"{PLAIN} {VALUE}",
+    "qwen3": f"{NORMED} {VALUE}",
+    "gemma2": f"{PLAIN} {VALUE}",
+    "gemma3": f"{NORMED} {VALUE}",
+    "olmo2": f"{PLAIN} {VALUE}".replace("split_heads rope", "rms_norm split_heads rope"),
+    "phi3": f"{FUSED} rope {FUSED} rope cache_write cache_read slice_rows {VALUE}",
+    "gpt2": f"transpose_w slice_rows {FUSED} {('slice_rows ' + FUSED)} cache_write cache_read "
+    "slice_rows slice_rows linear split_heads cache_write cache_read attend merge_heads "
+    "transpose_w linear",
+}
+
+
+def computing(graph: Graph) -> list[Op]:
+    """Return the ops that are not declarations."""
+    return [op for op in graph.ops if op.name not in ("input", "param")]
+
+
+def attribute(model: Model, name: str) -> list[Any]:
+    """Return an attribute of `attend`, for each structure."""
+    return [graph.find("attend")[0].attr(name) for graph in model.graphs]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_matches_torch(family: str, make_model: MakeModel) -> None:
+    module = make_model(family)
+    model = capture(open_model(module))
+    assert check_capture(module, model) <= 2e-6
+    for graph in model.graphs:
+        assert " ".join(op.name for op in computing(graph)) == OPS_OF[family]
+        assert parse(print_graph(graph)) == graph
+
+
+def test_what_differs_between_families_is_in_the_graph(make_model: MakeModel) -> None:
+    models = {name: capture(open_model(make_model(name))) for name in FAMILIES}
+    biased = {name: "q_proj.bias" in m.graphs[0].params() for name, m in models.items()}
+    assert [name for name, has in biased.items() if has] == ["qwen2"]
+    offsets = {
+        name: {op.attr("offset") for op in m.graphs[0].find("rms_norm")}
+        for name, m in models.items()
+    }
+    assert offsets["gemma3"] == {1.0}
+    assert offsets["qwen3"] == offsets["olmo2"] == {0.0}
+    assert attribute(models["mistral"], "window") == [6]
+    assert attribute(models["gemma2"], "window") == [6, None]
+    assert attribute(models["gemma3"], "window") == [6, None]
+    assert attribute(models["llama"], "window") == [None]
+    assert attribute(models["gemma2"], "softcap") == [50.0, 50.0]
+    assert attribute(models["gemma2"], "scale") == [256**-0.5] * 2
+    assert attribute(models["llama"], "scale") == [8**-0.5]
+    norm = models["qwen3"].graphs[0].params()["k_norm.weight"]
+    assert str(norm) == "f32[16]"
+
+
+def test_facts_and_types(make_model: MakeModel) -> None:
+    model = capture(open_model(make_model("qwen3")))
+    assert model.architecture == "Qwen3ForCausalLM"
+    assert model.facts == {
+        "heads": 6,
+        "kv_heads": 2,
+        "head_dim": 16,
+        "v_head_dim": 16,
+        "hidden": 48,
+        "layers": 2,
+        "rope": {"rope_theta": 10000.0, "rope_type": "default"},
+        "max_tokens": 64,
+        "model_type": "qwen3",
+    }
+    (graph,) = model.graphs
+    assert {name: str(type) for name, type in graph.inputs().items()} == {
+        "x": "f32[B, T, 48]",
+        "cos": "f32[B, T, 16]",
+        "sin": "f32[B, T, 16]",
+    }
+    shown = {str(op.result): str(op.result.type) for op in computing(graph)}
+    assert shown["%k_cache"] == "cache[k]"
+    assert shown["%k"] == "f32[B, 2, S+T, 16]"
+    assert shown["%attend"] == "f32[B, 6, T, 16]"
+    assert str(graph.outputs[0].type) == "f32[B, T, 48]"
+    assert [op.attr("basis") for op in graph.find("cache_write")] == [(), ()]
+
+
+def test_layers_of_one_structure_share_a_graph(make_model: MakeModel) -> None:
+    model = capture(open_model(make_model("gemma3")))
+    assert [layer.structure for layer in model.layers] == [0, 0, 0, 0, 0, 1]
+    assert [layer.index for layer in model.layers] == [0, 1, 2, 3, 4, 5]
+    assert model.layers[4].prefix == "model.layers.4.self_attn."
+    assert [graph.name for graph in model.graphs] == ["attention_0", "attention_1"]
+    assert [graph.name for graph in capture(open_model(make_model("llama"))).graphs] == [
+        "attention"
+    ]
+
+
+def test_a_scalar_of_one_layer_makes_a_structure_of_its_own(make_model: MakeModel) -> None:
+    module = make_model("llama")
+    module.model.layers[1].self_attn.scaling = 0.5
+    model = capture(open_model(module))
+    assert [layer.structure for layer in model.layers] == [0, 1]
+    assert attribute(model, "scale") == [8**-0.5, 0.5]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "phi3", "gpt2"])
+def test_meta_and_real_import_give_the_same(
+    family: str, make_model: MakeModel, tmp_path: Path
+) -> None:
+    module = make_model(family)
+    module.save_pretrained(tmp_path)
+    real, meta = capture(open_model(module)), capture(open_model(tmp_path))
+    half = capture(open_model(make_model(family).bfloat16()))
+    for other in (meta, half):
+        assert list(map(print_graph, other.graphs)) == list(map(print_graph, real.graphs))
+        assert other.layers == real.layers
+        assert other.fingerprint == real.fingerprint
+
+
+def test_the_fingerprint_is_of_the_structure_alone(make_model: MakeModel) -> None:
+    def fingerprint(**changes: Any) -> str:
+        return capture(open_model(make_model("llama", **changes))).fingerprint
+
+    theta = {"rope_theta": 5e5, "rope_type": "default"}
+    first = fingerprint()
+    assert len(first) == 64
+    assert fingerprint(seed=7) == first
+    assert fingerprint(vocab_size=32) == first
+    others = [
+        fingerprint(rope_parameters=theta),
+        fingerprint(num_hidden_layers=3),
+        fingerprint(attention_bias=True),
+        fingerprint(num_key_value_heads=3),
+    ]
+    assert len({first, *others}) == 5
+
+
+def test_every_op_knows_its_source_line(make_model: MakeModel) -> None:
+    module = make_model("qwen3")
+    file = inspect.getsourcefile(type(module))
+    assert file is not None
+    (graph,) = capture(open_model(module)).graphs
+    for op in computing(graph):
+        assert op.loc is not None
+        path, line, text = op.loc.split(":", 2)
+        assert path == "transformers/models/qwen3/modeling_qwen3.py"
+        assert linecache.getline(file, int(line)).strip() == text.strip() != ""
+    norms = [op.loc for op in graph.find("rms_norm")]
+    assert "self.q_norm(" in str(norms[0])
+    assert "self.k_norm(" in str(norms[1])
+    assert without_locations(graph) == graph
+    assert all(op.loc is None for op in without_locations(graph).ops)
+
+
+def test_capture_leaves_the_model_as_it_was(make_model: MakeModel) -> None:
+    module = make_model("llama").train()
+    module.model.layers[0].mlp.eval()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    capture(open_model(module))
+    assert module.config._attn_implementation == "sdpa"
+    assert module.model.layers[0].self_attn.q_proj.training
+    assert not module.model.layers[0].mlp.training
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+# Negative controls: what check_capture is for.
+def wrong_heads(run: Any, arrays: tuple[Any, ...], attrs: Any) -> Any:
+    """attend as if query head h read KV head h % H instead of h // G."""
+    q, k, v = arrays
+    heads = k.shape[1]
+    group = q.shape[1] // heads
+    order = np.arange(q.shape[1]).reshape(group, heads).T.reshape(-1)
+    out = OPS["attend"].evaluate(run, (q[:, order], k, v), attrs)
+    return np.asarray(out)[:, np.argsort(order)]
+
+
+def wrong_pairs(run: Any, arrays: tuple[Any, ...], attrs: Any) -> Any:
+    """rope as if channels 2i and 2i+1 were a pair instead of i and i + D/2."""
+    x, cos, sin = arrays
+    half = x.shape[-1] // 2
+    angles = np.repeat(cos[..., :half], 2, -1)[:, None], np.repeat(sin[..., :half], 2, -1)[:, None]
+    turned = np.stack((-x[..., 1::2], x[..., ::2]), -1).reshape(x.shape)
+    return x * angles[0] + turned * angles[1]
+
+
+@pytest.mark.parametrize(("op", "wrong"), [("attend", wrong_heads), ("rope", wrong_pairs)])
+def test_a_wrong_meaning_is_caught(
+    op: str, wrong: Any, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = make_model("llama")
+    model = capture(open_model(module))
+    right = OPS[op]
+    monkeypatch.setitem(
+        OPS,
+        op,
+        replace(right, evaluate=lambda *a: with_row(monkeypatch, op, right, wrong, a)),
+    )
+    with pytest.raises(KvantError) as caught:
+        check_capture(module, model)
+    assert caught.value.code == "capture-mismatch"
+    error = float(caught.value.what.split("by ")[1].split()[0])
+    assert error > 1e-2
+
+
+def with_row(monkeypatch: pytest.MonkeyPatch, op: str, right: Any, wrong: Any, args: Any) -> Any:
+    """Call `wrong` while the row of OPS is the right one."""
+    with monkeypatch.context() as inner:
+        inner.setitem(OPS, op, right)
+        return wrong(*args)
+
+
+def with_attr(model: Model, op: str, key: str, value: Any) -> Model:
+    """Return the model with one attribute of its ops `op` changed."""
+    graphs = []
+    for graph in model.graphs:
+        ops = tuple(
+            replace(o, attrs=tuple((k, value if k == key else v) for k, v in o.attrs))
+            if o.name == op
+            else o
+            for o in graph.ops
+        )
+        graphs.append(replace(graph, ops=ops))
+    return replace(model, graphs=tuple(graphs))
+
+
+@pytest.mark.parametrize(
+    ("family", "op", "key", "value"),
+    [
+        ("llama", "attend", "scale", 0.36),
+        ("mistral", "attend", "window", 7),
+        ("mistral", "attend", "window", None),
+        ("gemma2", "attend", "softcap", None),
+        ("gemma3", "rms_norm", "offset", 0.0),
+        ("qwen3", "rms_norm", "eps", 1e-3),
+    ],
+)
+def test_a_wrong_attribute_is_caught(
+    family: str, op: str, key: str, value: Any, make_model: MakeModel
+) -> None:
+    module = make_model(family)
+    wrong = with_attr(capture(open_model(module)), op, key, value)
+    with pytest.raises(KvantError, match=r"\[capture-mismatch\]"):
+        check_capture(module, wrong)
+
+
+def test_a_mismatch_says_where(make_model: MakeModel) -> None:
+    module = make_model("llama")
+    wrong = with_attr(capture(open_model(module)), "attend", "scale", 0.36)
+    with pytest.raises(KvantError) as caught:
+        check_capture(module, wrong, layers=[1])
+    what, where, fix = str(caught.value).split("\n")
+    assert what.startswith("layer 1, step 0: the graph differs from torch by ")
+    assert what.endswith(" relative, more than 2e-06")
+    assert where == "  where: LlamaForCausalLM in kvant/compiler/raise_fx.py"
+    assert fix == (
+        "  fix: this is a mistake in kvant: please report it with the model's config.json"
+        "  [capture-mismatch]"
+    )
+
+
+def test_check_capture_covers_history(make_model: MakeModel) -> None:
+    """The second step alone must fail when the cache is read wrongly; so it is compared."""
+    module = make_model("mistral")
+    wrong = with_attr(capture(open_model(module)), "attend", "window", STEPS[0])
+    with pytest.raises(KvantError, match="step 0"):
+        check_capture(module, wrong)
+    wide = make_model("mistral", sliding_window=STEPS[0])
+    unwindowed = with_attr(capture(open_model(wide)), "attend", "window", None)
+    with pytest.raises(KvantError, match="step 1"):
+        check_capture(wide, unwindowed)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_self_check_on_a_shrunk_config(family: str, make_model: MakeModel) -> None:
+    source = open_model(make_model(family, vocab_size=128))
+    model = capture(source)
+    assert self_check(source, model) <= 2e-6
+    with pytest.raises(KvantError, match=r"gives other graphs\n"):
+        self_check(source, with_attr(model, "attend", "scale", 0.77))
+
+
+# Refusals. Each model below is Llama with one thing changed in its attention.
+class Changed(LlamaAttention):  # type: ignore[misc]
+    """Llama's attention, with places where a subclass does something that capture must refuse."""
+
+    keywords: dict[str, Any] = {}
+    mask: Any = None
+
+    def forward(
+        self,
+        hidden_states: Any,
+        position_embeddings: Any = None,
+        attention_mask: Any = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        q, k, v = (
+            proj(hidden_states).view(shape).transpose(1, 2)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
+        k, v = self.stored(past_key_values, k, v)
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, None)
+        out = attention(self, q, k, v, self.mask, scaling=self.scaling, **self.keywords)[0]
+        out = out.reshape(*hidden_states.shape[:-1], -1).contiguous()
+        return self.o_proj(self.after(out)), None
+
+    def stored(self, cache: Any, k: Any, v: Any) -> Any:
+        return cache.update(k, v, self.layer_idx)
+
+    def after(self, out: Any) -> Any:
+        return out
+
+
+class Gated(Changed):
+    def after(self, out: Any) -> Any:
+        return out * torch.sigmoid(out)
+
+
+class Unread(Changed):
+    def stored(self, cache: Any, k: Any, v: Any) -> Any:
+        super().stored(cache, k, v)
+        return k, v
+
+
+class Swapped(Changed):
+    def stored(self, cache: Any, k: Any, v: Any) -> Any:
+        return super().stored(cache, k, v)[::-1]
+
+
+class WithSinks(Changed):
+    @property
+    def keywords(self) -> dict[str, Any]:  # type: ignore[override]
+        return {"s_aux": torch.zeros(6, device=self.q_proj.weight.device)}
+
+
+class Masked(Changed):
+    @property
+    def mask(self) -> Any:
+        return torch.zeros(1, device=self.q_proj.weight.device)
+
+
+class Dropped(Changed):
+    keywords = {"dropout": 0.25}
+
+
+class TwoWay(Changed):
+    keywords = {"is_causal": False}
+
+
+class Harmless(Changed):
+    keywords = {"softcap": 20.0, "position_ids": None}
+
+
+CALL = "out = attention(self, q, k, v, self.mask, scaling=self.scaling, **self.keywords)[0]"
+TAKEN = "use a model without it; kvant takes causal attention with scale, window, softcap"
+WHY = "no such path\nand more"
+RULE = "leave this model out, or add a rule to kvant/compiler/raise_fx.py"
+
+
+def here(text: str) -> str:
+    """Return how a line of this file is shown."""
+    lines = Path(__file__).read_text().splitlines()
+    number = next(i for i, line in enumerate(lines, 1) if line.strip() == text)
+    return "/".join((*__name__.split(".")[:-1], "test_capture.py")) + f":{number}: {text}"
+
+
+def refused(make_model: MakeModel, kind: type) -> KvantError:
+    """Capture a model whose attention is of `kind`; return the error."""
+    module = make_model("llama")
+    for layer in module.model.layers:
+        layer.self_attn = kind(module.config, layer.self_attn.layer_idx)
+    with pytest.raises(KvantError) as caught:
+        capture(open_model(module))
+    assert module.config._attn_implementation == "sdpa"
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (WithSinks, "calls its attention with s_aux=..."),
+        (Dropped, "calls its attention with dropout=0.25"),
+        (TwoWay, "calls its attention with is_causal=False"),
+    ],
+)
+def test_an_argument_of_the_attention_is_refused(
+    kind: type, said: str, make_model: MakeModel
+) -> None:
+    error = refused(make_model, kind)
+    assert str(error) == (
+        f"the model {said}, which kvant cannot compile yet\n"
+        f"  where: {here(CALL)}\n"
+        f"  fix: {TAKEN}  [unsupported-attention-argument]"
+    )
+
+
+def test_a_mask_is_refused(make_model: MakeModel) -> None:
+    assert str(refused(make_model, Masked)) == (
+        "the model gives its attention a mask tensor, which kvant cannot compile yet\n"
+        f"  where: {here(CALL)}\n"
+        f"  fix: {TAKEN}  [unsupported-mask]"
+    )
+    assert mask_function() is None
+    with pytest.raises(KvantError, match=r"was given an attention mask.*\n.*\n.*unsupported-mask"):
+        mask_function(attention_mask=torch.ones(1, 4))
+
+
+def test_an_unknown_op_is_refused(make_model: MakeModel) -> None:
+    assert str(refused(make_model, Gated)) == (
+        "%mul_4 = aten.mul.Tensor(reshape, sigmoid) is not part of an attention that kvant knows\n"
+        f"  where: {here('return self.o_proj(self.after(out)), None')}\n"
+        f"  fix: {RULE}  [unsupported-op]"
+    )
+
+
+def test_keys_must_come_from_the_cache(make_model: MakeModel) -> None:
+    assert str(refused(make_model, Unread)) == (
+        "%add_1 = aten.add.Tensor(mul_2, mul_3) is attended to as k, but the cache did not return "
+        f"it as k\n  where: {here('q, k = apply_rotary_pos_emb(q, k, *position_embeddings)')}\n"
+        f"  fix: {RULE}  [unsupported-op]"
+    )
+    assert "attended to as k, but the cache did not" in str(refused(make_model, Swapped))
+
+
+def test_an_understood_keyword_is_taken(make_model: MakeModel) -> None:
+    module = make_model("llama")
+    for layer in module.model.layers:
+        layer.self_attn = Harmless(module.config, layer.self_attn.layer_idx)
+    model = capture(open_model(module))
+    assert attribute(model, "softcap") == [20.0]
+
+
+@pytest.mark.parametrize(
+    ("config", "line"),
+    [
+        ("CohereConfig", "query_states, key_states = apply_rotary_pos_emb("),
+        ("GlmConfig", "query_states, key_states = apply_rotary_pos_emb("),
+        ("Qwen3NextConfig", "attn_output = attn_output * torch.sigmoid(gate)"),
+    ],
+)
+def test_real_models_that_kvant_does_not_take_say_where(
+    config: str, line: str, make_model: MakeModel
+) -> None:
+    import transformers
+
+    changes = {"num_hidden_layers": 4, "head_dim": 16, "hidden_size": 96}
+    small = getattr(transformers, config)(**FAMILIES["llama"][1] | changes)
+    module = transformers.AutoModelForCausalLM.from_config(small)
+    with pytest.raises(KvantError) as caught:
+        capture(open_model(module))
+    assert caught.value.code == "unsupported-op"
+    assert caught.value.where.startswith(f"transformers/models/{small.model_type}/modeling_")
+    assert line in caught.value.where
+
+
+def test_a_module_that_cannot_be_exported_is_one_error(make_model: MakeModel) -> None:
+    class Other(Changed):
+        def forward(self, hidden_states: Any, **kwargs: Any) -> Any:
+            raise ValueError(WHY)
+
+    assert str(refused(make_model, Other)) == (
+        "torch.export of Other failed: ValueError: no such path\n"
+        f"  where: {here('raise ValueError(WHY)')}\n"
+        "  fix: this attention module does not take (hidden states, cos and sin, a cache) as other "
+        "models do; leave this model out  [export-failed]"
+    )
+
+
+def test_a_model_without_attention_is_refused() -> None:
+    from transformers import AutoModelForCausalLM, MambaConfig
+
+    config = MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=16, state_size=4)
+    module = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(KvantError) as caught:
+        capture(open_model(module))
+    assert str(caught.value) == (
+        "MambaForCausalLM has no causal self-attention layer\n"
+        "  where: MambaForCausalLM\n"
+        "  fix: give a decoder-only language model with attention layers  [no-attention]"
+    )
+
+
+def test_importing_capture_imports_no_torch() -> None:
+    code = (
+        "import sys, kvant.compiler.capture, kvant.compiler.bind, kvant.compiler.self_check; "
+        "sys.exit(' '.join({'torch', 'transformers', 'gguf'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.strip()) == (0, "")
+
+
+@pytest.mark.model
+def test_smollm2_matches_torch(smollm2: ModelSource, smollm2_module: Any) -> None:
+    model = capture(smollm2)
+    assert [layer.structure for layer in model.layers] == [0] * 30
+    assert (model.facts["heads"], model.facts["kv_heads"], model.facts["head_dim"]) == (9, 3, 64)
+    assert " ".join(op.name for op in computing(model.graphs[0])) == OPS_OF["llama"]
+    assert check_capture(smollm2_module, model, layers=[0, 29]) <= 2e-6
+    assert self_check(smollm2, model) <= 2e-6
+
+
+def test_randomize_hides_nothing(make_model: MakeModel) -> None:
+    module = make_model("qwen2")
+    bias = module.model.layers[0].self_attn.q_proj.bias
+    assert float(bias.detach().abs().min()) > 0
+    randomize(module, seed=3)
+    first = bias.detach().clone()
+    randomize(module, seed=3)
+    assert torch.equal(first, bias)

@@ -1,0 +1,127 @@
+"""Every pass keeps its promise on random graphs; an exact one changes nothing that can be seen."""
+
+import numpy as np
+import pytest
+
+from kvant.ir.encodings import Int, Raw, Tokens
+from kvant.passes import PASSES
+
+SEEDS = range(24)
+TOLERANCE = 1e-9
+EXACT = [name for name, definition in PASSES.items() if definition.exact]
+OPTIONS = {
+    "smooth-k": [{}, {"alpha": 1.0}],
+    "sort-k": [{}, {"key": "rms"}],
+    "sort-v": [{}, {"key": "rms"}],
+}
+RECIPES = [
+    ("smooth-k", "sort-k", "hadamard-v", "dead-code"),
+    ("hadamard-v", "hadamard-qk", "dead-code"),
+    ("sort-k", "smooth-k", "hadamard-qk"),
+    ("sort-k", "hadamard-qk", "smooth-k"),
+    ("sort-v", "hadamard-v", "sort-k"),
+    ("hadamard-v", "sort-v", "smooth-k", "hadamard-qk"),
+]
+
+
+def _graph_with_dead_code(kit, case):
+    """A captured graph has nothing dead, so give dead-code something to do."""
+    from kvant.ir.rewrite import Builder, rewrite
+
+    def rule(b: Builder, op, args):
+        if op.name == "attend":
+            b.emit("hadamard", args[0])
+        return None
+
+    return kit.Case(case.config, rewrite(case.graph, rule), case.params, case.steps)
+
+
+@pytest.mark.usefixtures("lossless")
+@pytest.mark.parametrize("projected", [True, False])
+@pytest.mark.parametrize("name", EXACT)
+def test_exact_pass_changes_nothing_that_can_be_seen(kit, name, projected):
+    changed = 0
+    for seed in SEEDS:
+        config = kit.random_config(seed)
+        if not projected:
+            config = kit.Config(
+                config.heads, config.group, config.width, config.value_width, projected=False
+            )
+        case = kit.draw(config, seed)
+        if name == "dead-code":
+            case = _graph_with_dead_code(kit, case)
+        if not projected and name == "sort-v":
+            continue
+        options = OPTIONS.get(name, [{}])[seed % 2 if name in OPTIONS else 0]
+        if not projected and name == "sort-k":
+            options = {"key": "rms"}
+        want, _ = kit.run(case, case.graph, case.params)
+        graph, params = kit.apply_passes(case, [name], {name: options})
+        got, _ = kit.run(case, graph, params)
+        assert kit.relative(got, want) < TOLERANCE, (config, options)
+        changed += graph != case.graph
+    assert changed or (not projected and name == "sort-v"), "the test proves nothing"
+
+
+@pytest.mark.usefixtures("lossless")
+@pytest.mark.parametrize("names", RECIPES)
+def test_passes_compose_and_fold_into_weights(kit, names):
+    for seed in SEEDS:
+        case = kit.draw(kit.random_config(seed), seed)
+        want, _ = kit.run(case, case.graph, case.params)
+        graph, params = kit.apply_passes(case, names)
+        got, _ = kit.run(case, graph, params)
+        assert kit.relative(got, want) < TOLERANCE, case.config
+        folded_graph, folded = kit.fold_weights(graph, params)
+        assert len(folded_graph.ops) < len(graph.ops)
+        got, _ = kit.run(case, folded_graph, folded)
+        assert kit.relative(got, want) < TOLERANCE, case.config
+
+
+def test_the_second_call_reads_history(kit):
+    """The contract would miss a wrong cache if the second call did not read it."""
+    case = kit.draw(kit.Config(), 0)
+    _, state = kit.run(case, case.graph, case.params)
+    alone = kit.Case(case.config, case.graph, case.params, case.steps[1:])
+    both, _ = kit.run(case, case.graph, case.params)
+    second, _ = kit.run(alone, case.graph, case.params)
+    assert kit.relative(both[:, -second.shape[1] :], second) > 1e-3
+    assert state["k"].shape[2] == both.shape[1]
+
+
+def test_every_pass_has_a_promise():
+    unproven = {name for name, definition in PASSES.items() if definition.unproven}
+    assert unproven == set()
+    for name, definition in PASSES.items():
+        assert definition.exact or definition.bound is not None, name
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_store_stays_within_its_bound(kit, softcap):
+    encoding = Tokens(rest=Int(4, "token", 4, params="f32"), sink=1)
+    moved = 0.0
+    for seed in range(12):
+        config = kit.Config(
+            heads=2, group=2, width=8, value_width=8, projected=False, softcap=softcap
+        )
+        case = kit.draw(config, seed)
+        graph = PASSES["store"].run(case.graph, k=encoding, v=encoding)
+        assert graph != case.graph
+        exact = PASSES["store"].run(case.graph, k=Tokens(Raw("f32")), v=Tokens(Raw("f32")))
+        want, _ = kit.run(case, exact, {})
+        got, state = kit.run(case, graph, {})
+        new = case.steps[1]["q"].shape[2]
+        bound = _bound(case, state, encoding, new)
+        difference = np.abs(got - want)[:, :, -new:]
+        assert (difference <= bound + 1e-6).all()
+        moved = max(moved, float((difference / bound).max()))
+    assert moved > 0.01, "the bound is so wide that it proves nothing"
+
+
+def _bound(case, state, encoding, new):
+    """Return the bound for the second call: its own tokens are read as given."""
+    group = case.config.group
+    k, v = (np.repeat(state[role], group, axis=1) for role in ("k", "v"))
+    read = [np.concatenate((encoding.simulate(x[:, :, :-new]), x[:, :, -new:]), 2) for x in (k, v)]
+    scale = case.graph.find("attend")[0].attr("scale")
+    return PASSES["store"].bound(case.steps[1]["q"], k, v, *read, scale)

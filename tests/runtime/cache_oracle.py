@@ -1,0 +1,156 @@
+"""The oracle of the cache: it keeps every token and knows nothing of pages, tails and slots."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from kvant.ir.attention import attend, round_queries
+from kvant.ir.encodings import Raw
+from kvant.ir.maps import apply
+from kvant.ir.plan import AttentionPlan, StreamPlan
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Constants = Mapping[str, Array]
+
+
+class OracleStream:
+    """Full history of one role of one row."""
+
+    def __init__(self, plan: StreamPlan, constants: Constants) -> None:
+        self.plan, self.constants = plan, constants
+        self.x = np.zeros((plan.heads, 0, plan.channels), np.float32)
+        self.end = plan.tokens.sink
+
+    def settle(self, reserve: int) -> None:
+        due = self.plan.tokens.encoded_end(max(0, self.x.shape[1] - reserve))
+        self.end = max(self.end, due)
+
+    def append(self, x: Array) -> None:
+        new = apply(self.plan.maps, x, self.constants).astype(np.float32)
+        self.x = np.concatenate([self.x, new], axis=1)
+
+    def stored(self) -> Array:
+        y = self.x.astype(np.float64)
+        encoded = replace(self.plan.tokens, recent=0, flush="group", raw=Raw("f32"))
+        end = min(self.end, y.shape[1])
+        y[:, :end] = encoded.simulate(y[:, :end])
+        return y
+
+    def can_cut(self, n: int) -> bool:
+        sink, group = self.plan.tokens.sink, self.plan.tokens.rest.group_tokens
+        return n >= self.end or n <= sink or (n - sink) % group == 0
+
+    def cut(self, n: int) -> None:
+        self.x = self.x[:, :n]
+        self.end = max(self.plan.tokens.sink, min(self.end, n))
+
+
+class Oracle:
+    """One layer. `valid` has one bool[B] per column."""
+
+    def __init__(
+        self, plan: AttentionPlan, constants: Constants, batch: int, start: tuple[int, ...] | None
+    ) -> None:
+        self.plan, self.constants, self.batch = plan, constants, batch
+        self.start = start or (0,) * batch
+        self.reserve = 0
+        self.valid: list[Array] = []
+        self.k = [OracleStream(plan.k, constants) for _ in range(batch)]
+        self.v = [OracleStream(plan.v, constants) for _ in range(batch)]
+
+    def flush(self) -> None:
+        for stream in self.k + self.v:
+            stream.settle(self.reserve)
+
+    def append(self, k: Array, v: Array, lengths: Array | None = None) -> None:
+        self.flush()
+        tokens, before = k.shape[2], len(self.valid)
+        ends = np.full(self.batch, tokens) if lengths is None else lengths
+        columns = np.arange(tokens)
+        mask = (columns + before >= np.asarray(self.start)[:, None]) & (columns < ends[:, None])
+        for row in range(self.batch):
+            self.k[row].append(k[row][:, mask[row]])
+            self.v[row].append(v[row][:, mask[row]])
+        self.valid += list(mask.T)
+
+    def length(self, row: int, column: int) -> int:
+        return sum(bool(valid[row]) for valid in self.valid[:column])
+
+    def can_cut(self, n: int) -> bool:
+        return all(
+            stream.can_cut(self.length(row, n))
+            for row in range(self.batch)
+            for stream in (self.k[row], self.v[row])
+        )
+
+    def cut(self, n: int) -> None:
+        for row in range(self.batch):
+            for stream in (self.k[row], self.v[row]):
+                stream.cut(self.length(row, n))
+        del self.valid[n:]
+
+    def reorder(self, index: Array) -> None:
+        self.valid = [valid[index] for valid in self.valid]
+        self.start = tuple(self.start[i] for i in index)
+        self.k = [_copy(self.k[i]) for i in index]
+        self.v = [_copy(self.v[i]) for i in index]
+
+    def queries(self, q: Array) -> Array:
+        x = apply(self.plan.q_maps, q, self.constants, self.plan.group)
+        bits = self.plan.query_bits
+        return x if bits is None else round_queries(x, bits)
+
+    def attend(
+        self,
+        q: Array,
+        stored: Callable[[int], tuple[Array, Array]] | None = None,
+        dtype: Any = float,
+    ) -> tuple[Array, Array]:
+        """Row by row; `stored` gives (k, v) of a row, by default what the oracle encodes itself."""
+        tokens = q.shape[2]
+        out = np.zeros((*q.shape[:3], self.plan.v.channels))
+        lse = np.full(q.shape[:3], -np.inf)
+        x = self.queries(q)
+        for row in range(self.batch):
+            mask = np.array([v[row] for v in self.valid[len(self.valid) - tokens :]], bool)
+            if not mask.any():
+                continue
+            k, v = stored(row) if stored else (self.k[row].stored(), self.v[row].stored())
+            args = (x[row][None, :, mask], k[None], v[None])
+            plan, n = self.plan, np.array([k.shape[1]])
+            if dtype is float:
+                o, e = attend(
+                    *args, lengths=n, scale=plan.scale, softcap=plan.softcap, window=plan.window
+                )
+            else:
+                o, e = attend_f32(*args, plan)
+            o = apply(plan.out_maps, o, self.constants, plan.group)
+            out[row][:, mask], lse[row][:, mask] = o[0], e[0]
+        return out, lse
+
+
+def _copy(stream: OracleStream) -> OracleStream:
+    new = OracleStream(stream.plan, stream.constants)
+    new.x, new.end = stream.x, stream.end
+    return new
+
+
+def attend_f32(q: Array, k: Array, v: Array, plan: AttentionPlan) -> tuple[Array, Array]:
+    """The same sums, plainly, in float32: what P7 allows a kernel to be twice as wrong as."""
+    q, k, v = (a.astype(np.float32) for a in (q, k, v))
+    k, v = np.repeat(k, plan.group, 1), np.repeat(v, plan.group, 1)
+    queries, keys = q.shape[2], k.shape[2]
+    s = np.einsum("bhqd,bhkd->bhqk", q, k) * np.float32(plan.scale)
+    if plan.softcap is not None:
+        s = np.float32(plan.softcap) * np.tanh(s / np.float32(plan.softcap))
+    position = keys - queries + np.arange(queries)[:, None]
+    seen = np.arange(keys) <= position
+    if plan.window is not None:
+        seen &= np.arange(keys) > position - plan.window
+    s = np.where(seen, s, np.float32(-np.inf))
+    top = s.max(-1, keepdims=True)
+    p = np.exp(s - top)
+    total = p.sum(-1, keepdims=True)
+    return np.einsum("bhqk,bhkd->bhqd", p, v) / total, (top + np.log(total))[..., 0]

@@ -1,0 +1,221 @@
+"""Runs a script on a cache and on the oracle, and compares after every step."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvant.ir.errors import KvantError
+from kvant.ir.maps import apply
+from kvant.ir.plan import AttentionPlan
+from kvant.runtime.cache import Cache, Kernels, Layer, Stream
+from kvant.runtime.launch_reference import read_stream
+
+from .cache_bytes import poison
+from .cache_oracle import Array, Constants, Oracle, OracleStream
+
+Factory = Callable[[list[AttentionPlan], list[Constants]], Kernels]
+Step = tuple[Any, ...]  # ("append", T, lengths | None), ("attend", T_q), ("flush",), ...
+
+
+@dataclass(frozen=True)
+class Case:
+    """A plan, a batch and a script. `seed` fixes all values; repr(case) is the reproducer."""
+
+    plan: AttentionPlan
+    constants: Constants
+    batch: int
+    start: tuple[int, ...] | None
+    steps: tuple[Step, ...]
+    seed: int
+    layers: int = 1
+    max_tokens: int = 320
+
+
+def new_pair(factory: Factory, case: Case) -> tuple[Cache, list[Oracle]]:
+    """Return an empty cache and its oracles, one per layer."""
+    plans, constants = [case.plan] * case.layers, [case.constants] * case.layers
+    kernels = factory(plans, constants)
+    start = None if case.start is None else np.array(case.start)
+    cache = Cache(
+        plans, kernels, batch=case.batch, max_tokens=case.max_tokens, start=start, artifact_id="t"
+    )
+    return cache, [
+        Oracle(p, c, case.batch, case.start) for p, c in zip(plans, constants, strict=True)
+    ]
+
+
+def run_case(factory: Factory, case: Case, exact: bool = False) -> Cache:
+    """Run the script on the cache and the oracle, and compare after every step.
+
+    Args:
+        factory: makes kernels of (plans, constants), one of each per layer.
+        case: what to do.
+        exact: the kernels encode in float64, so that stored bits equal the oracle's and outputs are
+            those of float64. Otherwise outputs are held to P7 on what the pages really hold, and
+            what they hold to one step of the encoding.
+
+    Returns: the cache, for more checks.
+    """
+    cache, oracles = new_pair(factory, case)
+    rng = np.random.default_rng(case.seed)
+    for number, step in enumerate(case.steps):
+        try:
+            run_step(cache, oracles, step, rng, exact)
+        except AssertionError as error:
+            raise AssertionError(f"step {number} {step} of {case!r}: {error}") from error
+    return cache
+
+
+def run_step(cache: Cache, oracles: list[Oracle], step: Step, rng: Any, exact: bool) -> None:
+    """Run one step of a script on both."""
+    match step:
+        case ("append", tokens, lengths):
+            for layer, oracle in enumerate(oracles):
+                k, v = random_kv(rng, oracle.plan, cache.batch, tokens)
+                padding = None if lengths is None else np.array(lengths)
+                cache.append(layer, k, v, padding)
+                if tokens:
+                    oracle.append(k, v, padding)
+        case ("attend", queries):
+            for layer, oracle in enumerate(oracles):
+                tokens = min(queries, len(oracle.valid))
+                shape = (cache.batch, oracle.plan.q_heads, tokens, oracle.plan.k.channels)
+                q = rng.normal(size=shape).astype(np.float32)
+                check_attend(cache, oracle, layer, q, exact)
+        case ("flush",):
+            cache.flush()
+            for oracle in oracles:
+                oracle.flush()
+        case ("reserve", n):
+            cache.reserve(n)
+            for oracle in oracles:
+                oracle.reserve = n
+        case ("reorder", index):
+            cache.reorder(np.array(index))
+            for oracle in oracles:
+                oracle.reorder(np.array(index))
+        case ("truncate", removed):
+            n = max(0, len(oracles[0].valid) - removed)
+            if all(oracle.can_cut(n) for oracle in oracles):
+                cache.truncate(n)
+                for oracle in oracles:
+                    oracle.cut(n)
+            else:
+                with pytest.raises(KvantError) as caught:
+                    cache.truncate(n)
+                assert caught.value.code == "truncate-inside-group"
+    check_state(cache, oracles, exact)
+
+
+def check_state(cache: Cache, oracles: list[Oracle], exact: bool) -> None:
+    """Compare lengths, encoded ends, stored values and counts of pages."""
+    for layer, oracle in zip(cache.layers, oracles, strict=True):
+        assert layer.columns.length == len(oracle.valid) == cache.length
+        for stream, rows in zip(layer.streams, (oracle.k, oracle.v), strict=True):
+            assert stream.length.tolist() == [row.x.shape[1] for row in rows]
+            assert stream.encoded.tolist() == [row.end for row in rows]
+            decoded = read_stream(stream)
+            for b, row in enumerate(rows):
+                check_stored(stream, decoded[b, :, : row.x.shape[1]], row, exact)
+    in_use = [page for layer in cache.layers for s in layer.streams for page in pages_of(s)]
+    assert len(in_use) == sum(pool.used for pool in cache.pools.values())
+    assert len(set(in_use)) == len(in_use), "a page with two owners"
+
+
+def pages_of(stream: Stream) -> list[tuple[int, int]]:
+    """(page bytes, index) of each page in the table; the table holds exactly what is needed."""
+    need = -(-(stream.encoded - stream.sinks) // stream.layout.tokens)
+    assert ((stream.table >= 0).sum(1) == need).all()
+    return [(stream.layout.page_bytes, int(page)) for page in stream.table[stream.table >= 0]]
+
+
+def check_stored(stream: Stream, decoded: Array, row: OracleStream, exact: bool) -> None:
+    """What the pages decode to is what the encoding says of the history."""
+    want = row.stored()
+    if exact:
+        assert np.array_equal(decoded, want), "stored bits differ from the encoding's"
+        return
+    # A kernel that encodes in float32 may round the other way at a tie, by one step, and rarely.
+    error = np.abs(decoded - want)
+    far = error > 1e-5 * np.abs(want).max(initial=1.0)
+    steps = np.abs(want - row.x) + np.abs(decoded - row.x)
+    assert not (far & (error > 1.001 * steps + 1e-5)).any(), "stored values are off by over a step"
+    assert far.mean() <= 0.01 if far.size else True, f"{far.mean():.2%} of the codes differ"
+
+
+def check_attend(cache: Cache, oracle: Oracle, layer: int, q: Array, exact: bool) -> None:
+    """Outputs agree within the bound, and garbage where nothing is stored changes no bit."""
+    out, lse = cache.attend(layer, q, return_lse=True)
+    if exact:
+        want, want_lse = oracle.attend(q)
+        bound, bound_lse = 1e-6 * np.abs(want).max(initial=1.0), 1e-5
+    else:
+        k, v = (read_stream(s) for s in cache.layers[layer].streams)
+
+        def stored(row: int) -> tuple[Array, Array]:
+            n = oracle.k[row].x.shape[1]
+            return k[row, :, :n], v[row, :, :n]
+
+        want, want_lse = oracle.attend(q, stored)
+        plain, plain_lse = oracle.attend(q, stored, np.float32)
+        bound = p7_bound(want, plain) + 4e-7 * np.abs(v).max(initial=0.0)
+        bound_lse = p7_bound(want_lse, plain_lse) + 4e-7 * np.abs(finite(want_lse)).max(initial=1.0)
+    flips = 0.0 if exact else rounding_flips(oracle, cache.layers[layer], q)
+    check_close(
+        "output", out, want, bound, 2 * flips * np.abs(v).max(initial=0.0) if flips else 0.0
+    )
+    check_close("lse", finite(lse)[..., None], finite(want_lse)[..., None], bound_lse, flips)
+    assert np.array_equal(np.isneginf(lse), np.isneginf(want_lse))
+    for garbage in (0xFF, 0x7A):
+        poison(cache, garbage)
+        again, again_lse = cache.attend(layer, q, return_lse=True)
+        assert np.array_equal(out, again), "garbage past the length changed the output"
+        assert np.array_equal(lse, again_lse)
+
+
+def p7_bound(want: Array, plain: Array) -> float:
+    """2 max|B - R| + 2 max|(R + 0.3 - 0.3) - R| with R in float64 and B plainly in float32."""
+    r = finite(want)
+    output = ((r.astype(np.float32) + np.float32(0.3)) - np.float32(0.3)).astype(np.float64)
+    return float(
+        2 * np.abs(finite(plain) - r).max(initial=0) + 2 * np.abs(output - r).max(initial=0)
+    )
+
+
+def rounding_flips(oracle: Oracle, layer: Layer, q: Array) -> float:
+    """How far a score may move where integer queries round the other way at a tie: one unit or two.
+
+    16-bit units are so small against float32 that ties are common, 8-bit ones that they are rare.
+    """
+    bits, plan = oracle.plan.query_bits, oracle.plan
+    if bits is None:
+        return 0.0
+    x = apply(plan.q_maps, q, oracle.constants, plan.group)
+    unit = np.abs(x).max(initial=0.0) / (2 ** (bits - 1) - 1)
+    return float(2 * unit * np.abs(read_stream(layer.k)).max(initial=0.0) * plan.scale)
+
+
+def check_close(name: str, have: Array, want: Array, bound: float, flips: float = 0.0) -> None:
+    """All within `bound`; with `flips`, all within both and few queries beyond the first."""
+    error = np.abs(have - want).max(-1, initial=0.0)
+    worst = float(error.max(initial=0.0))
+    assert worst <= bound + flips, f"{name} is off by {worst:.3g}, allowed are {bound:.3g}"
+    beyond = int((error > bound).sum())
+    assert not beyond or flips < 1e-3 or beyond <= max(2, 0.05 * error.size), f"{beyond} queries"
+
+
+def finite(x: Array) -> Array:
+    return np.where(np.isneginf(x), 0.0, x)
+
+
+def random_kv(rng: Any, plan: AttentionPlan, batch: int, tokens: int) -> tuple[Array, Array]:
+    """Keys with a few large channels, values without, and now and then a constant group."""
+    k = rng.normal(size=(batch, plan.k.heads, tokens, plan.k.channels)).astype(np.float32)
+    k *= 1 + 8 * (np.arange(plan.k.channels) % 7 == 3).astype(np.float32)
+    v = rng.normal(size=(batch, plan.v.heads, tokens, plan.v.channels)).astype(np.float32)
+    if tokens and rng.random() < 0.1:
+        v[:, 0] = rng.choice([0.0, 1.5])
+    return k, v
