@@ -146,7 +146,7 @@ def open_model(model: Any) -> ModelSource:
     if not isinstance(model, str | Path):
         raise KvantError(
             "unsupported-model",
-            f"a {type(model).__name__} is not a model",
+            f"{type(model).__name__} is not a model",
             where="the model argument",
             fix="give a Hugging Face folder, a .gguf file or a transformers model",
         )

@@ -122,7 +122,7 @@ def calibrate(
             batches = [own_text(model, tokens, seed)]
         else:
             batches = [torch.tensor([ids[i : i + _WINDOW]]) for i in range(0, len(ids), _WINDOW)]
-        with _recording(model) as recorder:
+        with recording(model) as recorder:
             for batch in batches:
                 # The head is not needed: statistics come from the layers alone.
                 model.base_model(batch, use_cache=False)
@@ -187,7 +187,7 @@ def _first_token(model: Any) -> int:
 
 
 @contextmanager
-def _recording(model: Any) -> Iterator[Recorder]:
+def recording(model: Any) -> Iterator[Recorder]:
     """Let a model attend through a recorder."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask

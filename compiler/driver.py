@@ -22,6 +22,8 @@ from .shape import Shape, shape_model
 
 if TYPE_CHECKING:
     from ..runtime.artifact import Artifact
+    from ..targets import Target
+    from .artifact_writer import Build
 
 Progress = Callable[[str], None]
 
@@ -90,7 +92,7 @@ def compile(
     chosen, toml = recipes.load(recipe)
     resolved = {name: resolve(name) for name in dict.fromkeys(targets)}
     clock.stage("capture")
-    source = None if isinstance(model, Shape) else open_model(model)
+    source = _source(model)
     captured = shape_model(model) if isinstance(model, Shape) else capture(_opened(source))
     path = Path(out or f"{captured.name}-{chosen.name}.kvant")
     refuse_existing(path)
@@ -119,14 +121,21 @@ def compile(
 
 
 def _kernels(
-    variants: tuple[Variant, ...], targets: Mapping[str, Target]
-) -> tuple[list[AttentionPlan], dict[str, dict[str, Build]]]:
+    variants: tuple[Variant, ...], targets: Mapping[str, "Target"]
+) -> tuple[list[AttentionPlan], dict[str, dict[str, "Build"]]]:
     """Return the distinct plans, and what each target made of each of them."""
     plans = list(dict.fromkeys(variant.plan for variant in variants))
     return plans, {
         name: {f"p{i}": target.build(plan) for i, plan in enumerate(plans)}
         for name, target in targets.items()
     }
+
+
+def _source(model: Any) -> ModelSource | None:
+    """Return where the weights come from; a shape has none."""
+    if isinstance(model, Shape):
+        return None
+    return model if isinstance(model, ModelSource) else open_model(model)
 
 
 def _opened(source: ModelSource | None) -> ModelSource:

@@ -100,7 +100,7 @@ def refuse(
     """Raise KvantError ("unsupported-op") that shows the node and the model's own source line."""
     raise KvantError(
         "unsupported-op",
-        f"%{node.name} = {node.target}({', '.join(map(str, node.args))}) {why}",
+        f"{node.target}({', '.join(map(str, node.args))}) {why}",
         where=location(r.site, node) or f"{r.site.shown} (no line recorded)",
         fix="leave this model out, or add a rule to kvant/compiler/raise_fx.py",
     )

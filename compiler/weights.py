@@ -74,8 +74,7 @@ class SafetensorsWeights:
             tensor = self._open[path].get_tensor(key)
         except Exception as error:
             raise unreadable(path, error) from error
-        made: NDArray[np.float32] = tensor.float().numpy()
-        return made
+        return np.array(tensor.float().numpy(), dtype=np.float32)  # never a view of the file
 
 
 def _index(folder: Path) -> dict[str, Path]:

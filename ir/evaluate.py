@@ -13,6 +13,7 @@ from .ops import OPS, Run, match
 from .types import TensorType
 
 State = dict[str, Array]
+Types = dict[str, TensorType]
 
 
 def evaluate(
@@ -50,10 +51,7 @@ def evaluate(
 
 
 def _arrays(
-    types: dict[str, TensorType],
-    given: Mapping[str, Array],
-    dtype: npt.DTypeLike,
-    sizes: dict[str, Any],
+    types: Types, given: Mapping[str, Array], dtype: npt.DTypeLike, sizes: dict[str, Any]
 ) -> dict[str, Array]:
     """Return the arrays that the graph declares, checked; symbolic sizes are bound in `sizes`."""
     found = {}

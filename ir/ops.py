@@ -189,13 +189,13 @@ def match(operands: list[list[str]], types: Operands, sizes: dict[str, Any]) -> 
 def _bind(axis: str, size: Any, sizes: dict[str, Any]) -> str | None:
     """Bind one axis: a number, a name, or a product with one unknown name."""
     if axis.isdigit():
-        sizes[axis] = int(axis)
+        return None if size == int(axis) else f"{size} is not {axis}"
     names = [axis] if axis == "*" else axis.split("*")
     free = [n for n in names if n not in sizes]
     if len(names) > 1:
         known = math.prod(sizes[n] for n in names if n in sizes)
         if not isinstance(size, int) or size % known or (not free and size != known):
-            return f"{axis} is {size}, not a multiple of {known}"
+            return f"{axis} is {size}, not {'a multiple of ' if free else ''}{known}"
         size //= known
     for name in free:
         sizes[name] = size
@@ -392,6 +392,8 @@ def infer(
 
     Raises: KvantError ("ill-typed-op") if the type rule refuses.
     """
-    types = tuple(a.type if isinstance(a.type, TensorType) else written[a.name] for a in args)
+    found = [a.type if isinstance(a.type, TensorType) else written.get(a.name) for a in args]
+    _need(None not in found, f"{' '.join(map(str, args))} was not written")
+    types = tuple(t for t in found if t is not None)
     rule, given = OPS[name].rule, dict(attrs)
     return _signature(name, rule, types, given) if isinstance(rule, str) else rule(types, given)

@@ -30,11 +30,11 @@ class Builder:
 
     def input(self, name: str, type: TensorType) -> Value:
         """Declare the input `name`, or return it if it is declared already."""
-        return self._declare(self._leaf("input", name, type))
+        return self._declare(Op("input", (), (("name", name),), (Value("", type),)))
 
     def param(self, name: str, type: TensorType) -> Value:
         """Declare the parameter `name` (relative to the layer), or return the one there is."""
-        return self._declare(self._leaf("param", name, type))
+        return self._declare(Op("param", (), (("name", name),), (Value("", type),)))
 
     def emit(
         self, op: str, /, *args: Value, loc: Text = None, hint: Text = None, **attrs: AttrValue
@@ -84,19 +84,20 @@ class Builder:
             self._written[names[0]] = op.args[0].tensor
         return results
 
-    def _leaf(self, op: str, name: str, type: TensorType) -> Op:
-        return Op(op, (), (("name", name),), (Value(self._fresh(name), type),))
-
     def _declare(self, op: Op) -> Value:
-        """Append an input or a parameter; give the old one where it is declared already."""
+        """Append an input or a parameter; give the old one where it is declared already.
+
+        A result without a name gets a fresh one.
+        """
         for old in self.ops:
             if (old.name, old.attrs) == (op.name, op.attrs):
                 if old.result.type == op.result.type:
                     return old.result
                 what = f"{op.attr('name')} is {old.result.type}, not {op.result.type}"
                 raise self._refused(op.name, (), what)
-        self.ops.append(op)
-        return op.result
+        name = op.result.name or self._fresh(str(op.attr("name")))
+        self.ops.append(replace(op, results=(Value(name, op.result.type),)))
+        return self.ops[-1].result
 
     def _refused(self, op: str, args: tuple[Value, ...], what: str) -> KvantError:
         where = " ".join([f"graph @{self.name}:", op, *map(str, args)])

@@ -51,7 +51,8 @@ def print_op(op: Op) -> str:
     attrs = ", ".join(f"{key} = {print_attr(value)}" for key, value in op.attrs)
     line = " ".join([results, "=", op.name, *map(str, op.args)])
     line += f" {{{attrs}}}" if attrs else ""
-    return line if op.loc is None else f"{line}  {_FROM}{' '.join(op.loc.split())}"
+    source = " ".join((op.loc or "").split())
+    return f"{line}  {_FROM}{source}" if source else line
 
 
 def print_attr(value: AttrValue) -> str:
@@ -168,7 +169,7 @@ class _Line:
         while self.accept(","):
             results.append(self.result())
         self.take("=")
-        name, args = self.take("word"), self.uses(defined, "{", "end")
+        name, args = self.take("word"), self.uses(defined)
         pairs = self.listed("}", self.pair) if self.accept("{") else []
         self.take("end")
         if len(dict(pairs)) < len(pairs):
@@ -180,14 +181,14 @@ class _Line:
         """Read a return line."""
         self.split()
         self.take("word")
-        found = self.uses(defined, "end")
+        found = self.uses(defined)
         self.take("end")
         return found
 
-    def uses(self, defined: dict[str, Value], *ends: str) -> tuple[Value, ...]:
+    def uses(self, defined: dict[str, Value]) -> tuple[Value, ...]:
         found: list[Value] = []
-        while not set(ends) & set(self.tokens[self.at]):
-            name = self.take("value", *ends)[1:]
+        while self.tokens[self.at][0] == "value":
+            name = self.take("value")[1:]
             if name not in defined:
                 fix = f"define it on an earlier line; {nearest(name, defined)}"
                 raise self.error(f"%{name} is not defined before this line", fix)

@@ -97,9 +97,6 @@ def _types(op: Op, written: dict[str, TensorType]) -> Iterator[str]:
     except KvantError as refusal:
         yield refusal.what
         return
-    except KeyError as unknown:
-        yield f"%{unknown.args[0]} was not written"
-        return
     if len(types) != len(op.results):
         yield f"{len(op.results)} results are named, but {op.name} gives {len(types)}"
         return

@@ -1,13 +1,13 @@
 """Weight edits: what the passes did to parameters, as maps and not as weights.
 
-An edit is the chain of weight ops of the graph on one parameter. It is written to
-weight_edits.json and applied to a checkpoint at load time, with the meaning that OPS gives to each
-op. Views at the head of a chain (`slice_rows`, `transpose_w`) say which part of the parameter is
-meant; the edit is made in place there.
+An edit is the chain of weight ops of the graph on one parameter. It is written to weight_edits.json
+and applied to a checkpoint at load time, with the meaning that OPS gives to each op. An op may mean
+a part of the parameter only (the q rows of a fused weight) or its transpose: `view`. The edit is
+made in place there.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,6 @@ from .graph import Value
 from .ops import OPS, Run, complete, infer, problems
 from .types import TensorType
 
-VIEWS = ("slice_rows", "transpose_w")
 EDITS = (
     "add",
     "scale_rows",
@@ -28,7 +27,6 @@ EDITS = (
     "hadamard_rows",
     "hadamard_cols",
 )
-_KEYS = {"op", "constant", "heads", "repeat", "inverse", "start", "stop"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +39,8 @@ class WeightOp:
         heads: heads of the parameter's rows or columns.
         repeat: heads that share a row of the constant.
         inverse: divide by the constant (scales only).
-        start, stop: the rows of `slice_rows`.
+        transposed: the op sees the transpose of the parameter.
+        rows: (start, stop) of the rows that the op sees, after transposing; None for all.
     """
 
     op: str
@@ -49,8 +48,8 @@ class WeightOp:
     heads: int = 1
     repeat: int = 1
     inverse: bool = False
-    start: int | None = None
-    stop: int | None = None
+    transposed: bool = False
+    rows: tuple[int, int] | None = None
 
     def to_json(self, prefix: str = "") -> dict[str, Any]:
         """Return the record of weight_edits.json; `prefix` goes before the constant's name."""
@@ -61,16 +60,20 @@ class WeightOp:
             "repeat": self.repeat,
             "inverse": self.inverse,
         }
-        rows = {"start": self.start, "stop": self.stop} if self.op == "slice_rows" else {}
-        return record | rows
+        if self.transposed:
+            record["transposed"] = True
+        if self.rows is not None:
+            record["rows"] = list(self.rows)
+        return record
 
     @staticmethod
     def from_json(record: Mapping[str, Any]) -> "WeightOp":
         """Read what `to_json` gave. Raises: KvantError ("bad-weight-edit")."""
-        unknown = sorted(set(record) - _KEYS)
-        if unknown or record.get("op") not in VIEWS + EDITS:
+        unknown = sorted(set(record) - {f.name for f in fields(WeightOp)})
+        if unknown or record.get("op") not in EDITS:
             raise _bad(f"{dict(record)!r} is no weight op", "weight_edits.json")
-        return WeightOp(**record)
+        rows = record.get("rows")
+        return WeightOp(**{**record, "rows": None if rows is None else tuple(rows)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,21 +107,24 @@ def apply_weight_edits(
     Returns: float64. The shape of `weight`, but [H, D] for a norm weight [D] shared by H heads.
     Raises: KvantError ("bad-weight-edit") if an op does not fit the weight or its constant.
     """
-    ops = [op if isinstance(op, WeightOp) else WeightOp.from_json(op) for op in edits]
-    return _apply(ops, np.array(weight, dtype=np.float64), constants)
+    made = np.array(weight, dtype=np.float64)
+    for given in edits:
+        op = given if isinstance(given, WeightOp) else WeightOp.from_json(given)
+        made = _apply(op, made, constants)
+    return made
 
 
-def _apply(ops: Sequence[WeightOp], weight: Array, constants: Mapping[str, Array]) -> Array:
-    if not ops:
-        return weight
-    op, rest = ops[0], ops[1:]
-    if op.op == "transpose_w":
-        return _apply(rest, weight.T, constants).T
-    if op.op == "slice_rows":
-        whole, rows = weight.copy(), slice(op.start, op.stop)
-        whole[rows] = _apply(rest, weight[rows], constants)
-        return whole
-    return _apply(rest, _edit(op, weight, constants), constants)
+def _apply(op: WeightOp, weight: Array, constants: Mapping[str, Array]) -> Array:
+    """Apply one op to the part of the weight that it sees."""
+    if op.transposed:
+        return _apply(replace(op, transposed=False), weight.T, constants).T
+    if op.rows is None:
+        return _edit(op, weight, constants)
+    start, stop = op.rows
+    if not 0 <= start < stop <= weight.shape[0]:
+        raise _bad(f"no rows {start} to {stop} in a weight of shape {weight.shape}", op.op)
+    edited = _edit(op, weight[start:stop], constants)
+    return np.concatenate((weight[:start], edited, weight[stop:]))
 
 
 def _edit(op: WeightOp, weight: Array, constants: Mapping[str, Array]) -> Array:

@@ -7,7 +7,6 @@ through the maps of the basis. Earlier constants are looked up in `weights` unde
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
 
 import numpy as np
 
@@ -18,10 +17,9 @@ from ..ir.graph import Graph, Value
 from ..ir.maps import Hadamard, Map, apply
 from ..ir.rewrite import dead_code
 from ..ir.stats import LayerStats
-from .sites import Path, Site, find_site, is_weight, maps_of
+from .sites import Path, Site, find_site, is_weight
 
 Maps = tuple[Map, ...]
-Place = Literal["fold", "site"]  # of a new map: before the maps that are online, or after them
 
 
 def need_site(graph: Graph) -> Site:
@@ -80,10 +78,12 @@ def weight_value(graph: Graph, value: Value, weights: Mapping[str, Array]) -> Ar
     return made
 
 
-def row_norms(graph: Graph, path: Path, at: Place, weights: Mapping[str, Array]) -> Array:
+def row_norms(graph: Graph, path: Path, weights: Mapping[str, Array]) -> Array:
     """Return sqrt(|w_r|^2 + b_r^2) of the row r of each channel, times |norm weight|, [H, D].
 
-    Raises: KvantError ("no-projection" if the stream comes from outside; "rotated-basis").
+    Maps that are online are not looked at.
+
+    Raises: KvantError ("no-projection" if the stream comes from outside; "needs-weights").
     """
     total, gain = np.zeros(path.heads * path.width), np.ones((path.heads, path.width))
     if not any(op.name == "linear" for op in path.source):
@@ -102,14 +102,13 @@ def row_norms(graph: Graph, path: Path, at: Place, weights: Mapping[str, Array])
                 gain = gain * np.abs(array + op.attr_as("offset", float))
             else:
                 total += (array**2).sum(axis=1) if array.ndim == 2 else array**2
-    online = path.online if at == "site" else ()
-    return _mapped(path, maps_of(graph, online), np.sqrt(total).reshape(gain.shape) * gain, weights)
+    return np.asarray(np.sqrt(total).reshape(gain.shape) * gain)
 
 
 def absmax(path: Path, maps: Maps, stats: LayerStats, constants: Mapping[str, Array]) -> Array:
     """Return the largest |x| per head and channel of k or v, [H, D], after `maps`."""
     size = stats.k_absmax if path.role == "k" else stats.v_absmax
-    return _mapped(path, maps, size, constants)
+    return mapped(path, maps, size, constants)
 
 
 def root_mean_square(
@@ -117,7 +116,7 @@ def root_mean_square(
 ) -> Array:
     """Return sqrt(E[x^2]) per head and channel of k or v, [H, D], after `maps`."""
     moment = stats.k_second_moment if path.role == "k" else stats.v_second_moment
-    return _mapped(path, maps, np.sqrt(np.asarray(moment, np.float64)), constants)
+    return mapped(path, maps, np.sqrt(np.asarray(moment, np.float64)), constants)
 
 
 def named_array(name: str, constants: Mapping[str, Array], shape: tuple[int, ...]) -> Array:
@@ -146,8 +145,11 @@ def bad_constant(name: str, what: str, fix: str) -> KvantError:
     return KvantError("bad-constant", f"constant {name}: {what}", where=name, fix=fix)
 
 
-def _mapped(path: Path, maps: Maps, size: Array, constants: Mapping[str, Array]) -> Array:
-    """Return the sizes of channels after maps; after a rotation they are not known."""
+def mapped(path: Path, maps: Maps, size: Array, constants: Mapping[str, Array]) -> Array:
+    """Return the sizes [H, D] of channels after maps.
+
+    Raises: KvantError ("rotated-basis"): after a rotation the size of one channel is not known.
+    """
     if any(isinstance(m, Hadamard) for m in maps):
         raise KvantError(
             "rotated-basis",

@@ -22,8 +22,8 @@ from .sites import (
     emit_write,
     find_site,
     fold_into,
-    undo_after,
-    value_points,
+    fold_points,
+    fold_refusal,
     with_folded,
 )
 
@@ -39,7 +39,10 @@ def hadamard_v(graph: Graph) -> Graph:
         return graph
     check_head_size(site.v.width, graph)
     check_once(graph, site.v_write, Hadamard(site.v.width))
-    write, read = value_points(site, "rotation")
+    write, read = (
+        () if fold_refusal(path, "rotation") else fold_points(path, "rotation")
+        for path in (site.v, site.out)
+    )
 
     def rule(b: Builder, op: Op, args: tuple[Value, ...]) -> Value | None:
         if op in write:
@@ -49,7 +52,7 @@ def hadamard_v(graph: Graph) -> Graph:
             return b.copy(op, (args[0], w, *args[2:]))[0]
         if op == site.v_write:
             return _write(b, op, args[0], site, folded=bool(write))
-        if not read and op == undo_after(site, folded=bool(write)):
+        if op == site.attend and not read:
             return b.emit("hadamard", b.copy(op, args)[0], loc=op.loc)
         return None
 

@@ -197,31 +197,6 @@ def fold_points(path: Path, kind: Kind) -> tuple[Op, ...]:
     return found
 
 
-def value_points(site: Site, kind: Kind) -> tuple[tuple[Op, ...], tuple[Op, ...]]:
-    """Return the fold points of a map of v and of its inverse on the output; () means online.
-
-    What is applied last before storage is undone first after attend: a map online on v cannot be
-    undone in the projection if another is undone online before it.
-    """
-    write = () if fold_refusal(site.v, kind) else fold_points(site.v, kind)
-    read = () if fold_refusal(site.out, kind) else fold_points(site.out, kind)
-    if len(site.v.online) != len(site.out.online):
-        write = ()
-    if not write and site.out.online:
-        read = ()
-    return write, read
-
-
-def undo_after(site: Site, folded: bool) -> Op:
-    """Return the op after which the inverse of a new map of v goes, if it is undone online.
-
-    Args:
-        site: the site.
-        folded: whether the map itself was folded, so that it acts before those that are online.
-    """
-    return site.out.online[-1] if folded and site.out.online else site.attend
-
-
 def fold_into(graph: Graph, b: Builder, op: Op, args: tuple[Value, ...], emit: EmitFold) -> Value:
     """Emit a fold point again with `emit` applied to its weight and to its bias alike.
 

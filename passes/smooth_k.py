@@ -109,8 +109,7 @@ def smooth_k_constants(
     for path, points, factor in zip((site.q, site.k), (of_q, of_k), factors, strict=True):
         for op in points:
             if _offset(op):
-                shift = _offset(op) * (1.0 - 1.0 / factor)
-                made[_shift_name(path)] = shift if path.heads > 1 else shift[0]
+                made[_shift_name(path)] = _offset(op) * (1.0 - 1.0 / factor)
     return made
 
 
@@ -168,8 +167,8 @@ def _shifted(b: Builder, weight: Value, op: Op, path: Path) -> Value:
             where=f"{op.name} {op.result}",
             fix="leave smooth-k out for this model",
         )
-    shape = (path.heads, path.width)[path.heads == 1 :]
-    return b.emit("add", weight, b.param(_shift_name(path), TensorType("f64", shape)))
+    shift = b.param(_shift_name(path), TensorType("f64", (path.heads, path.width)))
+    return b.emit("add", weight, shift)
 
 
 def _online(graph: Graph, site: Site, new: Scale) -> Graph:

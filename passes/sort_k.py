@@ -22,8 +22,16 @@ from ..ir.maps import Gather
 from ..ir.rewrite import Builder, rewrite
 from ..ir.stats import LayerStats
 from ..ir.types import TensorType
-from .constants import check_order, check_word, need_site, need_stats, root_mean_square, row_norms
-from .sites import basis_of, check_once, emit_write, find_site
+from .constants import (
+    check_order,
+    check_word,
+    mapped,
+    need_site,
+    need_stats,
+    root_mean_square,
+    row_norms,
+)
+from .sites import basis_of, check_once, emit_write, find_site, maps_of
 
 ORDER = "kvant.k_order"
 KEYS = ("weight", "rms")
@@ -78,11 +86,11 @@ def sort_k_constants(
     check_word("sort-k", "key", key, KEYS)
     site = need_site(graph)
     if key == "rms":
-        size = root_mean_square(
-            site.k, basis_of(site.k_write), need_stats(stats, "sort-k"), weights
-        )
+        maps = basis_of(site.k_write)
+        size = root_mean_square(site.k, maps, need_stats(stats, "sort-k"), weights)
     else:
-        size = row_norms(graph, site.k, "site", weights)
+        rows = row_norms(graph, site.k, weights)
+        size = mapped(site.k, maps_of(graph, site.k.online), rows, weights)
     return {ORDER: np.argsort(size, axis=-1, kind="stable").astype(np.int64)}
 
 

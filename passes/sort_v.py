@@ -81,7 +81,7 @@ def sort_v_constants(
             site.v, folded_of(site.v_write, site.v), need_stats(stats, "sort-v"), weights
         )
     else:
-        size = row_norms(graph, site.v, "fold", weights)
+        size = row_norms(graph, site.v, weights)
     return {ORDER: np.argsort(size, axis=-1, kind="stable").astype(np.int64)}
 
 

@@ -6,6 +6,7 @@ make every answer wrong. So it is looked for here, once, at load.
 
 import re
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any, NoReturn, TypeAlias
 
 import numpy as np
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from ..ir.errors import KvantError
 from ..ir.maps import Gather, Map, Scale
 from ..ir.plan import AttentionPlan, StreamPlan
+from ..ir.weight_edits import EDITS, WeightOp
 from .manifest import CONSTANTS, WEIGHT_EDITS
 from .strict_json import Json, parse
 
@@ -21,18 +23,6 @@ Array: TypeAlias = NDArray[Any]
 
 _KEY = re.compile(r"layers\.(\d{1,6})\.(.+)")
 _DTYPES = ("float32", "float64", "int64")
-_EDITS = {
-    "scale_rows": "scale",
-    "scale_cols": "scale",
-    "gather_rows": "order",
-    "gather_cols": "order",
-    "hadamard_rows": None,
-    "hadamard_cols": None,
-    "transpose_w": None,
-    "slice_rows": None,
-}
-"""What the constant of each operation on a weight must be."""
-
 _FIX = "compile the artifact again; if the constants are your own, correct them"
 
 
@@ -135,18 +125,39 @@ def read_weight_edits(
 
 def _check_edit(parameter: str, op: Json, constants: Mapping[str, Array], where: str) -> None:
     place = f"{where}/{WEIGHT_EDITS}"
-    name = op.get("op") if isinstance(op, dict) else None
-    if not isinstance(op, dict) or not isinstance(name, str) or name not in _EDITS:
+    if not isinstance(op, dict) or op.get("op") not in EDITS:
         _wrong_edit(f"{parameter!a} has an unknown operation", place)
-    key = op.get("constant")
-    if _EDITS[name] is None:
+    name, key = str(op["op"]), op.get("constant")
+    if not _are_options(op):
+        _wrong_edit(f"{name} of {parameter!a} has options that make no sense", place)
+    if name.startswith("hadamard"):
         if key is not None:
             _wrong_edit(f"{name} of {parameter!a} takes no constant", place)
         return
     if not isinstance(key, str):
         _wrong_edit(f"{name} of {parameter!a} names no constant", place)
-    check = check_scale if _EDITS[name] == "scale" else check_order
-    check(constants.get(key), key, None, where)
+    if name.startswith("gather"):
+        check_order(constants.get(key), key, None, where)
+    elif name.startswith("scale"):
+        check_scale(constants.get(key), key, None, where)
+    elif key not in constants:
+        _wrong(key, "is missing", f"{where}/{CONSTANTS}")
+
+
+def _are_options(op: Mapping[str, Json]) -> bool:
+    """Return whether all fields of a `WeightOp` but `op` and `constant` are what they must be."""
+    counts = (op.get("heads", 1), op.get("repeat", 1))
+    flags = (op.get("inverse", False), op.get("transposed", False))
+    rows = op.get("rows")
+    if not (isinstance(rows, list) and len(rows) == 2):
+        rows = [0, 1 if rows is None else -1]
+    return (
+        op.keys() <= {field.name for field in fields(WeightOp)}
+        and all(type(count) is int and count >= 1 for count in counts)
+        and all(isinstance(flag, bool) for flag in flags)
+        and all(type(row) is int for row in rows)
+        and 0 <= rows[0] < rows[1]  # type: ignore[operator]
+    )
 
 
 def _present(array: Array | None, key: str, shape: tuple[int, ...] | None, place: str) -> Array:

@@ -10,12 +10,14 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
 from ..ir.errors import KvantError
 
 _STAGING = ".staging"
+_SECONDS_TO_LOCK = 60  # between the making of a staging folder and its lock: much less than this
 
 
 def refuse_existing(out: Path) -> None:
@@ -67,31 +69,28 @@ def _publish(out: Path, files: Mapping[str, bytes]) -> None:
     # Names are cut: the limit of a file system is 255 bytes, however long the output's name is.
     prefix = f".{out.name.encode()[:150].decode(errors='ignore')}."
     staging = parent / f"{prefix}{secrets.token_hex(8)}{_STAGING}"
-    lock = -1
+    ours: os.stat_result | None = None
     try:
-        with _locked(parent):
-            _collect_stale(parent, prefix)
-            os.mkdir(staging)
-            lock = _hold(staging)
-        _write_tree(staging, files)
-        refuse_existing(out)
-        # A folder made by someone else since the last line: rename fails, unless it is empty.
-        os.rename(staging, out)
-        _flush_folder(parent)
-    except BaseException:
-        _withdraw(staging, out, lock)
-        raise
-    finally:
-        if lock >= 0:
+        _collect_stale(parent, prefix)
+        os.mkdir(staging)
+        lock = _hold(staging)
+        try:
+            ours = os.fstat(lock)
+            _write_tree(staging, files)
+            refuse_existing(out)
+            # A folder made by someone else since that line: rename fails, unless it is empty.
+            os.rename(staging, out)
+            _flush_folder(parent)
+        finally:
             os.close(lock)
+    except BaseException:
+        _withdraw(staging, out, ours)
+        raise
 
 
-def _withdraw(staging: Path, out: Path, lock: int) -> None:
-    """Remove what was written, also when the rename was done but could not be flushed."""
-    ours = None
-    if lock >= 0:
-        ours = os.fstat(lock)
-    if not os.path.lexists(staging) and ours is not None:
+def _withdraw(staging: Path, out: Path, ours: os.stat_result | None) -> None:
+    """Remove what was written, also when the rename was done but not what comes after it."""
+    if ours is not None and not os.path.lexists(staging):
         with contextlib.suppress(OSError):
             if os.path.samestat(os.lstat(out), ours):
                 os.rename(out, staging)
@@ -128,18 +127,6 @@ def _flush_folder(folder: Path) -> None:
         os.close(handle)
 
 
-@contextlib.contextmanager
-def _locked(parent: Path) -> Iterator[None]:
-    """Keep other writers out while staging folders are made or collected."""
-    handle = os.open(parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        with contextlib.suppress(OSError):  # some network file systems have no locks
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
-
-
 def _hold(staging: Path) -> int:
     """Return a handle whose lock says: the process that writes here is alive."""
     handle = os.open(staging, os.O_RDONLY | os.O_DIRECTORY)
@@ -155,7 +142,8 @@ def _collect_stale(parent: Path, prefix: str) -> None:
             continue
         path = parent / name
         with contextlib.suppress(OSError):
-            if not stat.S_ISDIR(os.lstat(path).st_mode):
+            facts = os.lstat(path)
+            if not stat.S_ISDIR(facts.st_mode) or time.time() - facts.st_mtime < _SECONDS_TO_LOCK:
                 continue
             handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:

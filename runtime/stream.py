@@ -128,18 +128,14 @@ def pages_in_use(stream: Stream, encoded: Ints) -> Ints:
 def take_pages(stream: Stream, end: Ints) -> None:
     """Extend the table so that every row has pages up to position `end`.
 
-    Raises: KvantError "cache-full"; pages taken until then are given back.
+    Raises: KvantError "cache-full"; `drop_pages` gives back what was taken until then.
     """
     have, need = pages_in_use(stream, stream.encoded), pages_in_use(stream, end)
     if (need == have).all():
         return
-    try:
-        for row in range(len(have)):
-            for i in range(int(have[row]), int(need[row])):
-                stream.table[row, i] = stream.pool.take()
-    except BaseException:
-        drop_pages(stream, stream.encoded)
-        raise
+    for row in range(len(have)):
+        for i in range(int(have[row]), int(need[row])):
+            stream.table[row, i] = stream.pool.take()
 
 
 def drop_pages(stream: Stream, end: Ints) -> None:
@@ -155,13 +151,13 @@ def make_room(stream: Stream, new_length: Ints) -> None:
     """Make the tail large enough for positions up to `new_length`; the content does not change."""
     if int((new_length - stream.tail_first).max()) <= stream.tail.shape[2]:
         return
-    need = int((new_length - stream.encoded).max())
+    need = max(0, int((new_length - stream.encoded).max()))
     _move_tail(stream, _room_for(need))
 
 
 def trim(stream: Stream) -> None:
     """Give memory back where the tail is far larger than what is in it."""
-    live = int((stream.length - stream.encoded).max())
+    live = max(0, int((stream.length - stream.encoded).max()))
     if stream.tail.shape[2] > 4 * _room_for(live):
         _move_tail(stream, _room_for(live))
 
@@ -206,7 +202,9 @@ def cut(stream: Stream, length: Ints) -> None:
 def take_rows(stream: Stream, index: Ints) -> None:
     """Make row i what row index[i] was. A page stays with the first row that wants it."""
     used = pages_in_use(stream, stream.encoded)
-    owner = _owners(index)
+    owner: dict[int, int] = {}
+    for row, source in enumerate(index.tolist()):
+        owner.setdefault(source, row)
     old, table = stream.table, np.full_like(stream.table, -1)
     gone = [row for row in range(len(index)) if row not in owner]
     for row in gone:
@@ -222,15 +220,6 @@ def take_rows(stream: Stream, index: Ints) -> None:
     stream.sink, stream.tail = stream.sink[index], stream.tail[index]
     stream.tail_first, stream.encoded = stream.tail_first[index], stream.encoded[index]
     stream.length, stream.table = stream.length[index], table
-
-
-def _owners(index: Ints) -> dict[int, int]:
-    """Return for each source row the row that gets its pages: itself if it can, else the first."""
-    owner: dict[int, int] = {}
-    for row, source in enumerate(index.tolist()):
-        if source not in owner or source == row:
-            owner[source] = row
-    return owner
 
 
 def stream_bytes(stream: Stream) -> int:

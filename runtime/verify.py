@@ -36,8 +36,8 @@ STORED_SHARE = 0.2
 """Stored values may differ by this share of the encoding's own error (root mean square): a value
 that lies between two codes may fall on either side."""
 
-ATTEND_FLOAT = 5e-5
-ATTEND_INT = 2e-2
+ATTEND_FLOAT = 1e-5
+ATTEND_INT = 5e-3
 """Outputs may differ by this share of the largest value. Where q is rounded to integers, one code
 of q may fall on either side; that moves a score by up to one step."""
 

@@ -1,7 +1,8 @@
 """The kernel append of one stream: online maps, then sink or tail. Refuses before it stores.
 
-It runs in two passes over the same numbers: the first one only looks for what is not finite (after the
-maps, and after rounding to the raw type), the second one stores. With a bad number nothing is stored.
+It runs in two passes over the same numbers: the first one only looks for what is not finite (after
+the maps, and after rounding to the raw type), the second one stores. With a bad number nothing is
+stored.
 """
 
 from __future__ import annotations

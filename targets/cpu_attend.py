@@ -19,8 +19,14 @@ from ..ir.encodings import Raw
 from ..ir.plan import AttentionPlan
 from .cpu_codes import PageReader
 from .cpu_regions import TILE_QUERIES, row_stride, stream_arguments, write_regions, write_split
-from .cpu_scores import Rows, blocks, score_scratch
-from .cpu_scores import write_page_params, write_page_scores, write_raw_scores
+from .cpu_scores import (
+    Rows,
+    blocks,
+    score_scratch,
+    write_page_params,
+    write_page_scores,
+    write_raw_scores,
+)
 from .cpu_scores_int import chunk, uses_integers, write_page_scores_int
 from .cpu_softmax import NEGATIVE, write_softmax
 from .cpu_text import Kernel, at, fma, number, splat

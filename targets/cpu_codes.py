@@ -1,6 +1,6 @@
 """Reading one page: the text of a code, a scale and a zero point of every format.
 
-A channel is named by its plane i and its place w in the plane: channel = i * plane + w (layouts.py).
+A channel is named by its plane i and its place w in the plane: channel = i * plane + w.
 Every format then reads as
 
     x^[t, c] = code(t, c) * scale + zero
@@ -98,7 +98,9 @@ class PageReader:
         if bits == 8:
             return cast("float32", self._read("codes", t, w, n), n)
         if bits != 3:
-            return cast("float32", bit_field(self._read("codes", t, w, n), f"{bits} * ({i})", bits, n), n)
+            return cast(
+                "float32", bit_field(self._read("codes", t, w, n), f"{bits} * ({i})", bits, n), n
+            )
         # 3 bit: eight planes of C/8; two of them lie behind one another in the bytes of two bits.
         low_at = f"({i}) % 2 * {self.plane} + {w}"
         low = bit_field(self._read("codes", t, low_at, n), f"({i}) // 2 * 2", 2, n)
@@ -159,4 +161,3 @@ def bit_field(raw: str, shift: str, bits: int, lanes: int) -> str:
     amount = splat(f'T.Cast("uint8", {shift})', lanes)
     mask = splat(f"T.uint8({2**bits - 1})", lanes)
     return f"T.bitwise_and(T.shift_right({raw}, {amount}), {mask})"
-

@@ -1,6 +1,6 @@
 """The kernel encode of one stream: tail tokens to the packed fields of a page.
 
-Every quotient is taken in f64, as in ir/encodings, so that scales, zeros and codes are the same bits:
+Every quotient is taken in f64, as in ir/encodings, so that scales and codes are the same bits;
 the scale is rounded to its stored type first and codes are made from what was stored.
 """
 
@@ -40,22 +40,27 @@ def encode(stream: StreamPlan) -> Kernel:
         kernel.scratch("limits", 2)
         kernel.line("bad[bh] = T.int64(0)")
         with kernel.block(f"for i in T.serial(T.truncdiv(end[b] - begin[b], T.int64({group})))"):
-            kernel.let("at", f"begin[b] + i * {group} - {sink}")
-            kernel.let("page", f"T.truncdiv(at, T.int64({size}))")
-            kernel.let("t", f"at - page * {size}")
+            kernel.let("place", f"begin[b] + i * {group} - {sink}")
+            kernel.let("page", f"T.truncdiv(place, T.int64({size}))")
+            kernel.let("t", f"place - page * {size}")
             reader.open_page(kernel, f"{role}_table[b * {role}_max_pages + page]")
             slot = f"begin[b] + i * {group} - {role}_tail_first[b]"
             kernel.let("source", f"(bh * {role}_capacity + {slot}) * {width}")
-            match stream.tokens.rest:
-                case Raw() as fmt:
-                    _write_raw(kernel, reader, fmt)
-                case Int() as fmt:
-                    _write_int(kernel, stream, reader, fmt)
-                    _write_planes(kernel, reader, group)
-                case Bfp() as fmt:
-                    _write_bfp(kernel, stream, reader, fmt)
-                    _write_planes(kernel, reader, group)
+            _write_group(kernel, stream, reader)
     return kernel
+
+
+def _write_group(kernel: Kernel, stream: StreamPlan, reader: PageReader) -> None:
+    """Encode the group of tokens at `source` into the page from token t on."""
+    match stream.tokens.rest:
+        case Raw() as fmt:
+            _write_raw(kernel, reader, fmt)
+            return
+        case Int() as fmt:
+            _write_int(kernel, stream, reader, fmt)
+        case Bfp() as fmt:
+            _write_bfp(kernel, stream, reader, fmt)
+    _write_planes(kernel, reader, stream.tokens.group_tokens)
 
 
 def _value(stream_role: str, offset: str) -> str:
@@ -65,7 +70,7 @@ def _value(stream_role: str, offset: str) -> str:
 def _write_raw(kernel: Kernel, reader: PageReader, fmt: Raw) -> None:
     with kernel.block(f"for c in T.serial({reader.layout.channels})"):
         kernel.let("value", _value(reader.role, "c"))
-        _write_stored(kernel, reader, "values", "t", "c", f'T.Cast("float64", value)', fmt.dtype)
+        _write_stored(kernel, reader, "values", "t", "c", 'T.Cast("float64", value)', fmt.dtype)
 
 
 def _write_stored(
@@ -73,7 +78,9 @@ def _write_stored(
 ) -> str:
     """Round an f64 value to its stored type, store it, flag overflow; return its f32 text."""
     field = next(field for field in reader.layout.fields if field.name == name)
-    target = f"{reader.role}_{field.dtype}[{reader.role}_{name} + ({row}) * {field.shape[1]} + {column}]"
+    target = (
+        f"{reader.role}_{field.dtype}[{reader.role}_{name} + ({row}) * {field.shape[1]} + {column}]"
+    )
     kernel.let(f"exact_{name}", value)
     single = f'T.Cast("float32", exact_{name})'
     if dtype == "f32":
@@ -91,7 +98,7 @@ def _write_stored(
 
 
 def _round_to_odd(kernel: Kernel, value: str) -> str:
-    """Return an f64 as f32 such that rounding that to f16 rounds once: cut, and mark what was cut."""
+    """Return an f64 as f32 such that f16 of that is rounded once: cut, and mark what was cut."""
     bits = bits_as("int64", value, 1)
     low = f"T.bitwise_and({bits}, T.int64({(1 << 29) - 1}))"
     mark = f"T.Select({low} != T.int64(0), T.int64({1 << 29}), T.int64(0))"
@@ -114,7 +121,11 @@ def _write_int(kernel: Kernel, stream: StreamPlan, reader: PageReader, fmt: Int)
     """Write scale, zero and codes of each group of the token, or token group, at t."""
     width = stream.channels
     if fmt.axis == "token":
-        count, head, offset = fmt.group, f"for g in T.serial({width // fmt.group})", f"g * {fmt.group} + @"
+        count, head, offset = (
+            fmt.group,
+            f"for g in T.serial({width // fmt.group})",
+            f"g * {fmt.group} + @",
+        )
         row = "t"
     else:
         count, head, offset = fmt.group, f"for g in T.serial({width})", f"@ * {width} + g"
@@ -139,7 +150,9 @@ def _write_int(kernel: Kernel, stream: StreamPlan, reader: PageReader, fmt: Int)
         kernel.let("scale", f'T.Cast("float64", {single})')
         _write_zero(kernel, reader, fmt, row)
         with kernel.block(f"for e in T.serial({count})"):
-            kernel.let("value", f'T.Cast("float64", {_value(reader.role, offset.replace("@", "e"))})')
+            kernel.let(
+                "value", f'T.Cast("float64", {_value(reader.role, offset.replace("@", "e"))})'
+            )
             kernel.line(f"codes[{offset.replace('@', 'e')}] = {_code(fmt)}")
 
 
@@ -149,7 +162,11 @@ def _alive(kernel: Kernel, fmt: Int) -> str:
         kept = f'T.Cast("float32", T.Cast("float16", {_round_to_odd(kernel, "wanted")}))'
     else:
         single = 'T.Cast("float32", wanted)'
-        kept = single if fmt.params == "f32" else as_f32(f'T.Cast("uint16", {bf16_bits(single)})', "bf16", 1)
+        kept = (
+            single
+            if fmt.params == "f32"
+            else as_f32(f'T.Cast("uint16", {bf16_bits(single)})', "bf16", 1)
+        )
     kernel.let("kept", kept)
     return f"T.Select(kept == {number(0.0)}, {number(1.0, 1, F64)}, wanted)"
 

@@ -1,4 +1,4 @@
-"""The kernels around attend: prepare (maps, scale and rounding of q) and combine (of the splits)."""
+"""The kernels around attend: prepare (maps, scale, rounding of q) and combine (of the splits)."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from .cpu_text import Kernel, number, rint
 def prepare(plan: AttentionPlan) -> Kernel:
     """Return the kernel that turns q [B, Hq, T, D] into `query`, rows ordered [B, H, T, G].
 
-    query = scale * maps(q); under compute = int, rounded to steps of max|q| / (2^(bits - 1) - 1), the
-    integers and the steps besides.
+    query = scale * maps(q); under compute = int, rounded to steps of max|q| / (2^(bits - 1) - 1),
+    with the integers and the steps besides.
     """
     kernel, width, group = Kernel("prepare"), plan.k.channels, plan.group
     heads, bits = plan.q_heads, plan.query_bits
@@ -32,29 +32,24 @@ def prepare(plan: AttentionPlan) -> Kernel:
         kernel.let("b", f"T.truncdiv(bhq, T.int64({heads}))")
         kernel.let("hq", f"T.truncmod(bhq, T.int64({heads}))")
         kernel.let("h", f"T.truncdiv(hq, T.int64({group}))")
-        kernel.scratch("y", width, "float64")
-        kernel.scratch("z", width, "float64")
-        kernel.scratch("step", 1, "float64")
+        for name, count in (("y", width), ("z", width), ("step", 1)):
+            kernel.scratch(name, count, "float64")
         with kernel.block("for t in T.serial(queries)"):
-            kernel.let(
-                "row",
-                f"(b * {plan.k.heads} + h) * rows + t * {group} + T.truncmod(hq, T.int64({group}))",
-            )
+            place = f"t * {group} + T.truncmod(hq, T.int64({group}))"
+            kernel.let("row", f"(b * {plan.k.heads} + h) * rows + {place}")
             with kernel.block(f"for c in T.serial({width})"):
                 kernel.line(f'y[c] = T.Cast("float64", q[(bhq * queries + t) * {width} + c])')
             y = write_maps(kernel, plan.q_maps, width, "h")
-            scale = number(plan.scale, 1, "float64")
             if bits is None:
+                scaled = f"{y}[c] * {number(plan.scale, 1, 'float64')}"
                 with kernel.block(f"for c in T.serial({width})"):
-                    kernel.line(f'query[row * {width} + c] = T.Cast("float32", {y}[c] * {scale})')
+                    kernel.line(f'query[row * {width} + c] = T.Cast("float32", {scaled})')
             else:
                 _write_rounding(kernel, plan, y, bits, integers)
     return kernel
 
 
-def _write_rounding(
-    kernel: Kernel, plan: AttentionPlan, y: str, bits: int, integers: bool
-) -> None:
+def _write_rounding(kernel: Kernel, plan: AttentionPlan, y: str, bits: int, integers: bool) -> None:
     width, scale = plan.k.channels, number(plan.scale, 1, "float64")
     kernel.line(f"step[0] = {number(0.0, 1, 'float64')}")
     with kernel.block(f"for c in T.serial({width})"):
@@ -75,7 +70,8 @@ def _write_rounding(
 def combine(plan: AttentionPlan) -> Kernel:
     """Return the kernel that merges the splits: out [B, Hq, T, Dv], lse [B, Hq, T].
 
-    out = sum_i w_i part_out_i / sum_i w_i part_sum_i,  w_i = exp(max_i - max),  lse = max + log(...).
+    out = sum_i w_i part_out_i / total,  total = sum_i w_i part_sum_i,  w_i = exp(max_i - max),
+    lse = max + log(total).
     """
     kernel, width, group, heads = Kernel("combine"), plan.v.channels, plan.group, plan.q_heads
     for name in ("part_out", "part_max", "part_sum", "out", "lse"):
@@ -100,20 +96,26 @@ def combine(plan: AttentionPlan) -> Kernel:
             with kernel.block(f"for c in T.serial({width})"):
                 kernel.line(f"y[c] = {number(0.0, 1, 'float64')}")
             _write_merge(kernel, width)
-            with kernel.block("if sums[1] > T.float32(0.0)"):
-                kernel.let("total", 'T.Cast("float64", sums[1])')
-                write_log(kernel, "total", "log")
-                kernel.line('lse[o] = T.Cast("float32", T.Cast("float64", top) + log)')
-                with kernel.block(f"for c in T.serial({width})"):
-                    kernel.line("y[c] = y[c] / total")
-                y = write_maps(kernel, plan.out_maps, width, "h")
-                with kernel.block(f"for c in T.serial({width})"):
-                    kernel.line(f'out[o * {width} + c] = T.Cast("float32", {y}[c])')
-            with kernel.block("else"):
-                kernel.line(f"lse[o] = {NEGATIVE}")
-                with kernel.block(f"for c in T.serial({width})"):
-                    kernel.line(f"out[o * {width} + c] = {number(0.0)}")
+            _write_result(kernel, plan)
     return kernel
+
+
+def _write_result(kernel: Kernel, plan: AttentionPlan) -> None:
+    """Store output and lse of one query; zeros and -inf where it saw no key."""
+    width = plan.v.channels
+    with kernel.block("if sums[1] > T.float32(0.0)"):
+        kernel.let("total", 'T.Cast("float64", sums[1])')
+        write_log(kernel, "total", "log")
+        kernel.line('lse[o] = T.Cast("float32", T.Cast("float64", top) + log)')
+        with kernel.block(f"for c in T.serial({width})"):
+            kernel.line("y[c] = y[c] / total")
+        y = write_maps(kernel, plan.out_maps, width, "h")
+        with kernel.block(f"for c in T.serial({width})"):
+            kernel.line(f'out[o * {width} + c] = T.Cast("float32", {y}[c])')
+    with kernel.block("else"):
+        kernel.line(f"lse[o] = {NEGATIVE}")
+        with kernel.block(f"for c in T.serial({width})"):
+            kernel.line(f"out[o * {width} + c] = {number(0.0)}")
 
 
 def _write_merge(kernel: Kernel, width: int) -> None:

@@ -1,7 +1,8 @@
 """Walking the keys of one work item: its split of the positions, and where they are stored.
 
-Split 0 holds the positions [0, sink + C), split i holds [sink + i C, sink + (i + 1) C), with C whole
-pages of K. The bounds depend on the length alone, so neither the batch nor the threads change a bit.
+Split 0 holds the positions [0, sink + C), split i holds [sink + i C, sink + (i + 1) C), with C
+whole pages of K. The bounds depend on nothing else, so neither the batch nor the number of threads
+changes a bit.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ PageRegion = Callable[[], None]
 def split_tokens(plan: AttentionPlan) -> int:
     """Return C: whole pages of K, at least 512 tokens."""
     page = plan.k.page_tokens
-    return lcm(page, SPLIT_TOKENS) if lcm(page, SPLIT_TOKENS) <= 2048 else page * max(1, 512 // page)
+    return (
+        lcm(page, SPLIT_TOKENS) if lcm(page, SPLIT_TOKENS) <= 2048 else page * max(1, 512 // page)
+    )
 
 
 def row_stride(plan: AttentionPlan) -> int:

@@ -4,14 +4,15 @@
     several scales a token   sum_g <q, c>_g s_g + (sum q)_g z_g  after the dot of each group
     scales of channels       <q s, c> + <q, z>                   q s and <q, z> once for each group
 
-A dot is kept in 8 lanes of channels and summed over the lanes by a tree. A token past the end may be
-computed where that stays inside its page; the caller overwrites or masks what it gives.
+A dot is kept in 8 lanes of channels and summed over the lanes by a tree. A token past the end may
+be computed where that stays inside its page; the caller overwrites or masks what it gives.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from math import gcd
 
 from ..ir.encodings import Int, Raw
@@ -52,7 +53,7 @@ def blocks(count: int, most: int) -> list[tuple[int, int]]:
     """Return (first, size) of as few and as equal blocks as possible."""
     number_of = -(-count // most)
     edges = [count * i // number_of for i in range(number_of + 1)]
-    return [(low, high - low) for low, high in zip(edges, edges[1:], strict=False)]
+    return [(low, high - low) for low, high in pairwise(edges)]
 
 
 @dataclass(frozen=True, slots=True)

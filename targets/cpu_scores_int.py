@@ -8,7 +8,6 @@ so eight results add up without overflow) and vpmaddwd; 8-bit codes meet int16 q
 
 from __future__ import annotations
 
-from ..ir.layouts import code_bits
 from ..ir.plan import AttentionPlan
 from .cpu_codes import PageReader
 from .cpu_scores import TOKENS, Rows, store_sums, write_group_sums, write_scales_of_tokens
@@ -54,7 +53,9 @@ def write_page_scores_int(kernel: Kernel, reader: PageReader, rows: Rows) -> Non
             )
             store_sums(kernel, rows, tokens, 8, "k_pos + t")
     if reader.groups == 1:
-        write_scales_of_tokens(kernel, reader, rows, lambda r: f"q_step[row_base + {rows.first} + {r}]")
+        write_scales_of_tokens(
+            kernel, reader, rows, lambda r: f"q_step[row_base + {rows.first} + {r}]"
+        )
 
 
 def _group(kernel: Kernel, reader: PageReader, rows: Rows, g: int, s: str) -> None:

@@ -1,8 +1,8 @@
 """exp, tanh and log without a library, and the softmax of one split.
 
-exp: x = n ln 2 + r, |r| <= ln 2 / 2, a polynomial of degree 6 in r, times 2^n; 1.1 units in the last
-place. tanh: an odd polynomial below 0.6, else 1 - 2 / (exp(2|x|) + 1). The coefficients are our own
-Chebyshev fits, rounded to f32.
+exp: x = n ln 2 + r, |r| <= ln 2 / 2, a polynomial of degree 6 in r, times 2^n; within 1.1 units in
+the last place. tanh: an odd polynomial below 0.6, else 1 - 2 / (exp(2|x|) + 1). The coefficients
+are our own Chebyshev fits, rounded to f32.
 """
 
 from __future__ import annotations

@@ -128,9 +128,7 @@ def bits_as(dtype: str, value: str, lanes: int) -> str:
 
 def pure(intrinsic: str, dtype: str, lanes: int, *arguments: str) -> str:
     """Return a call of an LLVM intrinsic without side effects."""
-    return (
-        f'T.call_llvm_pure_intrin("{kind(dtype, lanes)}", "{intrinsic}", {", ".join(arguments)})'
-    )
+    return f'T.call_llvm_pure_intrin("{kind(dtype, lanes)}", "{intrinsic}", {", ".join(arguments)})'
 
 
 def fma(a: str, b: str, c: str) -> str:
@@ -143,9 +141,7 @@ def rint(value: str, lanes: int, dtype: str = "float32") -> str:
     return pure("llvm.rint", dtype, lanes, value)
 
 
-def horizontal(
-    kernel: Kernel, accumulators: list[tuple[str, str]], lanes: int, out: str
-) -> None:
+def horizontal(kernel: Kernel, accumulators: list[tuple[str, str]], lanes: int, out: str) -> None:
     """Write the sum over lanes of accumulator i to `out[i]`; `out` holds a multiple of 4.
 
     Eight lanes go through a tree of pair sums, four accumulators at once.

@@ -16,7 +16,6 @@ from math import gcd
 
 from ..ir.encodings import Int, Raw
 from .cpu_codes import PageReader
-from .cpu_regions import PAD
 from .cpu_scores import Rows
 from .cpu_text import Kernel, at, fma, number, splat
 
@@ -55,42 +54,43 @@ class Sum:
     finish: Callable[[str, str, str, str], str]
 
 
+Step = Callable[[str, str, str], str]
+
+
 def write_sum(kernel: Kernel, rows: Rows, part: Sum) -> None:
     """Write one sum: for each chunk of channels, over all tokens."""
     n, lanes = rows.count, part.lanes
     chunks = (part.end - part.begin) // lanes
     most = max(1, MOST_SUMS // (n * len(part.planes)))
     side = max(d for d in range(1, most + 1) if chunks % d == 0)
+
+    def each(step: Step, *, loads: bool) -> None:
+        """Write a step for every plane, chunk and row; with `loads`, the value is bound to x."""
+        for order, plane in enumerate(part.planes):
+            with kernel.block(f"for j in T.unroll({side})"):
+                place = f"{part.begin} + (u * {side} + j) * {lanes}"
+                if loads:
+                    kernel.let("x", part.value("t", str(plane), place))
+                with kernel.block(f"for r in T.unroll({n})"):
+                    acc = at("acc", f"(({order * side} + j) * {n} + r) * {lanes}", lanes)
+                    channel = f"{plane * part.plane} + {place}"
+                    kernel.line(step(acc, _target(rows, "r", channel, lanes), channel))
+
+    def begin(acc: str, target: str, channel: str) -> str:
+        return f"{acc} = {part.start('r', target, channel)}"
+
+    def add(acc: str, target: str, channel: str) -> str:
+        return f"{acc} = {fma(splat(part.weight('r', 't'), lanes), 'x', acc)}"
+
+    def finish(acc: str, target: str, channel: str) -> str:
+        return f"{target} = {part.finish('r', target, acc, channel)}"
+
     with kernel.block(f"for u in T.serial({chunks // side})"):
         kernel.scratch("acc", len(part.planes) * side * n * lanes)
-
-        def each(write: Callable[[str, str, int, str], None]) -> None:
-            for order, plane in enumerate(part.planes):
-                with kernel.block(f"for j in T.unroll({side})"):
-                    place = f"{part.begin} + (u * {side} + j) * {lanes}"
-                    write(f"({order * side} + j) * {n}", place, plane, f"{plane * part.plane} + {place}")
-
-        def begin(index: str, place: str, plane: int, channel: str) -> None:
-            with kernel.block(f"for r in T.unroll({n})"):
-                acc = at("acc", f"({index} + r) * {lanes}", lanes)
-                kernel.line(f"{acc} = {part.start('r', _target(rows, 'r', channel, lanes), channel)}")
-
-        def step(index: str, place: str, plane: int, channel: str) -> None:
-            kernel.let("x", part.value("t", str(plane), place))
-            with kernel.block(f"for r in T.unroll({n})"):
-                acc = at("acc", f"({index} + r) * {lanes}", lanes)
-                kernel.line(f"{acc} = {fma(splat(part.weight('r', 't'), lanes), 'x', acc)}")
-
-        def finish(index: str, place: str, plane: int, channel: str) -> None:
-            with kernel.block(f"for r in T.unroll({n})"):
-                target = _target(rows, "r", channel, lanes)
-                acc = at("acc", f"({index} + r) * {lanes}", lanes)
-                kernel.line(f"{target} = {part.finish('r', target, acc, channel)}")
-
-        each(begin)
+        each(begin, loads=False)
         with kernel.block(f"for t in T.serial({part.first}, {part.last})"):
-            each(step)
-        each(finish)
+            each(add, loads=True)
+        each(finish, loads=False)
 
 
 def _target(rows: Rows, r: str, channel: str, lanes: int) -> str:
@@ -175,12 +175,26 @@ def _plane_sums(
             group = tuple(planes[i : i + 2])
             plane, lanes = reader.plane, reader.lanes
             sums.append(
-                Sum(group, plane, begin, end, lanes, first, last, weight, reader.value, start, finish)
+                Sum(
+                    group,
+                    plane,
+                    begin,
+                    end,
+                    lanes,
+                    first,
+                    last,
+                    weight,
+                    reader.value,
+                    start,
+                    finish,
+                )
             )
     return sums
 
 
-def _masked(kernel: Kernel, rows: Rows, first: str, last: str, write: Callable[[str], None]) -> None:
+def _masked(
+    kernel: Kernel, rows: Rows, first: str, last: str, write: Callable[[str], None]
+) -> None:
     """Write a loop over eight tokens at once that covers [first, last); see `_inside`."""
     begin = kernel.fresh("eight", f"T.shift_right({first}, T.int64(3))")
     end = kernel.fresh("eight", f"T.max({begin}, T.shift_right({last} + 7, T.int64(3)))")

@@ -17,7 +17,7 @@ from transformers import (
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from kvant.compiler.bind import open_model
-from kvant.compiler.calibrate import IMPLEMENTATION, calibrate, own_text
+from kvant.compiler.calibrate import IMPLEMENTATION, calibrate, own_text, recording
 from kvant.compiler.texts import demo_text, prose
 from kvant.ir.errors import KvantError
 
@@ -128,8 +128,12 @@ def test_nothing_is_left_behind() -> None:
     model = tiny()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     threads = torch.get_num_threads()
+    torch.set_num_threads(2)
     calibrate(open_model(model), ids(80))
-    assert torch.get_num_threads() == threads
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(threads)
+    with recording(model):
+        assert model.config._attn_implementation == IMPLEMENTATION
     assert model.config._attn_implementation == "sdpa"
     assert IMPLEMENTATION not in AttentionInterface._global_mapping
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -1,12 +1,14 @@
 """Capture against stock transformers in numbers, and every refusal of it."""
 
+import functools
 import inspect
 import linecache
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -49,6 +51,21 @@ OPS_OF = {
 }
 
 
+Captured = Callable[[str], tuple[Any, Model]]
+
+
+@pytest.fixture(scope="module")
+def captured(make_model: MakeModel) -> Captured:
+    """Return captured(family) -> (torch module, its capture), made once. Leave both as they are."""
+
+    @functools.cache
+    def made(family: str) -> tuple[Any, Model]:
+        module = make_model(family)
+        return module, capture(open_model(module))
+
+    return made
+
+
 def computing(graph: Graph) -> list[Op]:
     """Return the ops that are not declarations."""
     return [op for op in graph.ops if op.name not in ("input", "param")]
@@ -60,17 +77,16 @@ def attribute(model: Model, name: str) -> list[Any]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_matches_torch(family: str, make_model: MakeModel) -> None:
-    module = make_model(family)
-    model = capture(open_model(module))
+def test_matches_torch(family: str, captured: Captured) -> None:
+    module, model = captured(family)
     assert check_capture(module, model) <= 2e-6
     for graph in model.graphs:
         assert " ".join(op.name for op in computing(graph)) == OPS_OF[family]
         assert parse(print_graph(graph)) == graph
 
 
-def test_what_differs_between_families_is_in_the_graph(make_model: MakeModel) -> None:
-    models = {name: capture(open_model(make_model(name))) for name in FAMILIES}
+def test_what_differs_between_families_is_in_the_graph(captured: Captured) -> None:
+    models = {name: captured(name)[1] for name in FAMILIES}
     biased = {name: "q_proj.bias" in m.graphs[0].params() for name, m in models.items()}
     assert [name for name, has in biased.items() if has] == ["qwen2"]
     offsets = {
@@ -90,8 +106,8 @@ def test_what_differs_between_families_is_in_the_graph(make_model: MakeModel) ->
     assert str(norm) == "f32[16]"
 
 
-def test_facts_and_types(make_model: MakeModel) -> None:
-    model = capture(open_model(make_model("qwen3")))
+def test_facts_and_types(captured: Captured) -> None:
+    _, model = captured("qwen3")
     assert model.architecture == "Qwen3ForCausalLM"
     assert model.facts == {
         "heads": 6,
@@ -118,15 +134,13 @@ def test_facts_and_types(make_model: MakeModel) -> None:
     assert [op.attr("basis") for op in graph.find("cache_write")] == [(), ()]
 
 
-def test_layers_of_one_structure_share_a_graph(make_model: MakeModel) -> None:
-    model = capture(open_model(make_model("gemma3")))
+def test_layers_of_one_structure_share_a_graph(captured: Captured) -> None:
+    _, model = captured("gemma3")
     assert [layer.structure for layer in model.layers] == [0, 0, 0, 0, 0, 1]
     assert [layer.index for layer in model.layers] == [0, 1, 2, 3, 4, 5]
     assert model.layers[4].prefix == "model.layers.4.self_attn."
     assert [graph.name for graph in model.graphs] == ["attention_0", "attention_1"]
-    assert [graph.name for graph in capture(open_model(make_model("llama"))).graphs] == [
-        "attention"
-    ]
+    assert [graph.name for graph in captured("llama")[1].graphs] == ["attention"]
 
 
 def test_a_scalar_of_one_layer_makes_a_structure_of_its_own(make_model: MakeModel) -> None:
@@ -169,11 +183,11 @@ def test_the_fingerprint_is_of_the_structure_alone(make_model: MakeModel) -> Non
     assert len({first, *others}) == 5
 
 
-def test_every_op_knows_its_source_line(make_model: MakeModel) -> None:
-    module = make_model("qwen3")
+def test_every_op_knows_its_source_line(captured: Captured) -> None:
+    module, model = captured("qwen3")
     file = inspect.getsourcefile(type(module))
     assert file is not None
-    (graph,) = capture(open_model(module)).graphs
+    (graph,) = model.graphs
     for op in computing(graph):
         assert op.loc is not None
         path, line, text = op.loc.split(":", 2)
@@ -219,10 +233,9 @@ def wrong_pairs(run: Any, arrays: tuple[Any, ...], attrs: Any) -> Any:
 
 @pytest.mark.parametrize(("op", "wrong"), [("attend", wrong_heads), ("rope", wrong_pairs)])
 def test_a_wrong_meaning_is_caught(
-    op: str, wrong: Any, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+    op: str, wrong: Any, captured: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = make_model("llama")
-    model = capture(open_model(module))
+    module, model = captured("llama")
     right = OPS[op]
     monkeypatch.setitem(
         OPS,
@@ -269,17 +282,17 @@ def with_attr(model: Model, op: str, key: str, value: Any) -> Model:
     ],
 )
 def test_a_wrong_attribute_is_caught(
-    family: str, op: str, key: str, value: Any, make_model: MakeModel
+    family: str, op: str, key: str, value: Any, captured: Captured
 ) -> None:
-    module = make_model(family)
-    wrong = with_attr(capture(open_model(module)), op, key, value)
+    module, model = captured(family)
+    wrong = with_attr(model, op, key, value)
     with pytest.raises(KvantError, match=r"\[capture-mismatch\]"):
         check_capture(module, wrong)
 
 
-def test_a_mismatch_says_where(make_model: MakeModel) -> None:
-    module = make_model("llama")
-    wrong = with_attr(capture(open_model(module)), "attend", "scale", 0.36)
+def test_a_mismatch_says_where(captured: Captured) -> None:
+    module, model = captured("llama")
+    wrong = with_attr(model, "attend", "scale", 0.36)
     with pytest.raises(KvantError) as caught:
         check_capture(module, wrong, layers=[1])
     what, where, fix = str(caught.value).split("\n")
@@ -317,7 +330,7 @@ def test_self_check_on_a_shrunk_config(family: str, make_model: MakeModel) -> No
 class Changed(LlamaAttention):  # type: ignore[misc]
     """Llama's attention, with places where a subclass does something that capture must refuse."""
 
-    keywords: dict[str, Any] = {}
+    keywords: ClassVar[dict[str, Any]] = {}
     mask: Any = None
 
     def forward(
@@ -376,15 +389,15 @@ class Masked(Changed):
 
 
 class Dropped(Changed):
-    keywords = {"dropout": 0.25}
+    keywords: ClassVar[dict[str, Any]] = {"dropout": 0.25}
 
 
 class TwoWay(Changed):
-    keywords = {"is_causal": False}
+    keywords: ClassVar[dict[str, Any]] = {"is_causal": False}
 
 
 class Harmless(Changed):
-    keywords = {"softcap": 20.0, "position_ids": None}
+    keywords: ClassVar[dict[str, Any]] = {"softcap": 20.0, "position_ids": None}
 
 
 CALL = "out = attention(self, q, k, v, self.mask, scaling=self.scaling, **self.keywords)[0]"
@@ -443,7 +456,7 @@ def test_a_mask_is_refused(make_model: MakeModel) -> None:
 
 def test_an_unknown_op_is_refused(make_model: MakeModel) -> None:
     assert str(refused(make_model, Gated)) == (
-        "%mul_4 = aten.mul.Tensor(reshape, sigmoid) is not part of an attention that kvant knows\n"
+        "aten.mul.Tensor(reshape, sigmoid) is not part of an attention that kvant knows\n"
         f"  where: {here('return self.o_proj(self.after(out)), None')}\n"
         f"  fix: {RULE}  [unsupported-op]"
     )
@@ -451,7 +464,7 @@ def test_an_unknown_op_is_refused(make_model: MakeModel) -> None:
 
 def test_keys_must_come_from_the_cache(make_model: MakeModel) -> None:
     assert str(refused(make_model, Unread)) == (
-        "%add_1 = aten.add.Tensor(mul_2, mul_3) is attended to as k, but the cache did not return "
+        "aten.add.Tensor(mul_2, mul_3) is attended to as k, but the cache did not return "
         f"it as k\n  where: {here('q, k = apply_rotary_pos_emb(q, k, *position_embeddings)')}\n"
         f"  fix: {RULE}  [unsupported-op]"
     )
@@ -471,16 +484,12 @@ def test_an_understood_keyword_is_taken(make_model: MakeModel) -> None:
     [
         ("CohereConfig", "query_states, key_states = apply_rotary_pos_emb("),
         ("GlmConfig", "query_states, key_states = apply_rotary_pos_emb("),
-        ("Qwen3NextConfig", "attn_output = attn_output * torch.sigmoid(gate)"),
     ],
 )
-def test_real_models_that_kvant_does_not_take_say_where(
-    config: str, line: str, make_model: MakeModel
-) -> None:
+def test_real_models_that_kvant_does_not_take_say_where(config: str, line: str) -> None:
     import transformers
 
-    changes = {"num_hidden_layers": 4, "head_dim": 16, "hidden_size": 96}
-    small = getattr(transformers, config)(**FAMILIES["llama"][1] | changes)
+    small = getattr(transformers, config)(**FAMILIES["llama"][1] | {"head_dim": 8})
     module = transformers.AutoModelForCausalLM.from_config(small)
     with pytest.raises(KvantError) as caught:
         capture(open_model(module))
@@ -519,10 +528,10 @@ def test_a_model_without_attention_is_refused() -> None:
 def test_importing_capture_imports_no_torch() -> None:
     code = (
         "import sys, kvant.compiler.capture, kvant.compiler.bind, kvant.compiler.self_check; "
-        "sys.exit(' '.join({'torch', 'transformers', 'gguf'} & set(sys.modules)))"
+        "print(sorted({'torch', 'transformers', 'gguf'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr.strip()) == (0, "")
+    assert (done.stdout.strip(), done.stderr.strip()) == ("[]", "")
 
 
 @pytest.mark.model

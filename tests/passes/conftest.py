@@ -45,6 +45,8 @@ class Config:
     window: int | None = None
     fused: bool = False  # q, k and v are slices of one weight
     projected: bool = True  # False: q, k, v are the inputs
+    value_norm: bool = False  # a norm over each head of v
+    out_projected: bool = True  # False: the heads of the output are returned merged
 
     @property
     def q_heads(self) -> int:
@@ -119,7 +121,9 @@ def build(c: Config) -> Graph:
         softcap=c.softcap,
         window=c.window,
     )
-    if c.projected:
+    if c.projected and not c.out_projected:
+        out = b.emit("merge_heads", out)
+    elif c.projected:
         w = TensorType("f32", (c.channels, c.q_heads * c.value_width))
         bias = (b.param("o_proj.bias", TensorType("f32", (c.channels,))),) if c.bias else ()
         out = b.emit("linear", b.emit("merge_heads", out), b.param("o_proj.weight", w), *bias)
@@ -139,14 +143,20 @@ def _stream(
     rows = heads * width
     bias = (b.param(f"{role}_proj.bias", TensorType("f32", (rows,))),) if c.bias else ()
     y = b.emit("linear", x, w, *bias)
-    normed = c.norm if role != "v" else "none"
+    normed = c.norm if role != "v" else "head" if c.value_norm else "none"
     size = width if normed == "head" else rows
     gamma = TensorType("f32", (size,))
     if normed == "flat":
         y = b.emit("rms_norm", y, b.param(f"{role}_norm.weight", gamma), eps=1e-6)
     y = b.emit("split_heads", y, heads=heads)
     if normed == "head":
-        y = b.emit("rms_norm", y, b.param(f"{role}_norm.weight", gamma), eps=1e-6, offset=c.offset)
+        y = b.emit(
+            "rms_norm",
+            y,
+            b.param(f"{role}_norm.weight", gamma),
+            eps=1e-6,
+            offset=c.offset * (role != "v"),
+        )
     return b.emit("rope", y, *tables) if tables and role != "v" else y
 
 

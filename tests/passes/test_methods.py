@@ -91,7 +91,7 @@ def test_k_order_is_that_of_row_norms_with_bias_and_norm_weight(kit):
     assert (np.diff(np.take_along_axis(size, order, 1), axis=1) >= 0).all()
     assert not np.array_equal(order, np.argsort(np.sqrt((w**2).sum(1)).reshape(2, 16), axis=1))
     site = find_site(case.graph)
-    assert row_norms(case.graph, site.k, "site", case.params) == pytest.approx(size)
+    assert row_norms(case.graph, site.k, case.params) == pytest.approx(size)
 
 
 def test_k_order_after_smoothing_sees_smoothed_weights(kit):
@@ -192,3 +192,23 @@ def test_sizes_of_rotated_channels_are_refused(kit, name):
         PASSES[name].constants(graph, params, kit.stats_of(case), **options)
     assert refusal.value.code == "rotated-basis"
     assert "before the rotation" in refusal.value.fix
+
+
+def test_a_sort_by_weights_after_a_rotation_is_refused(kit):
+    case = kit.draw(kit.Config(), 6)
+    graph, params = kit.apply_passes(case, ["hadamard-qk"])
+    with pytest.raises(KvantError) as refusal:
+        PASSES["sort-k"].constants(graph, params, None)
+    assert refusal.value.code == "rotated-basis"
+
+
+def test_v_order_is_that_of_rows_or_of_second_moments(kit):
+    case = kit.draw(kit.Config(value_width=16), 2)
+    make, stats = PASSES["sort-v"].constants, kit.stats_of(case)
+    by_rows = make(case.graph, case.params, None)["kvant.v_order"]
+    w, b = case.params["v_proj.weight"], case.params["v_proj.bias"]
+    size = np.sqrt((w**2).sum(1) + b**2).reshape(2, 16)
+    assert np.array_equal(by_rows, np.argsort(size, axis=-1, kind="stable"))
+    by_rms = make(case.graph, case.params, stats, key="rms")["kvant.v_order"]
+    assert np.array_equal(by_rms, np.argsort(stats.v_second_moment, axis=-1, kind="stable"))
+    assert not np.array_equal(by_rows, by_rms)

@@ -59,34 +59,61 @@ def test_slices_of_a_fused_weight_are_edited_in_place(kit):
     case = kit.draw(kit.Config(fused=True, bias=False, value_width=16), 0)
     graph, params = kit.apply_passes(case, ["hadamard-v"])
     (edit,) = [e for e in weight_edits(graph) if e.parameter == "qkv_proj.weight"]
-    record = edit.to_json()["ops"]
-    assert record[0] == {
-        "op": "slice_rows",
-        "heads": 1,
-        "constant": None,
-        "repeat": 1,
-        "inverse": False,
-        "start": 96,
-        "stop": 128,
-    }
+    (record,) = edit.to_json()["ops"]
+    plain = {"constant": None, "repeat": 1, "inverse": False}
+    assert record == plain | {"op": "hadamard_rows", "heads": 2, "rows": [96, 128]}
     before = params["qkv_proj.weight"]
-    after = apply_weight_edits(record, before, {})
+    after = apply_weight_edits([record], before, {})
     assert np.array_equal(after[:96], before[:96])
     assert not np.allclose(after[96:], before[96:])
-    assert after[96:] == pytest.approx(apply_weight_edits(record[1:], before[96:], {}))
+    whole = {key: value for key, value in record.items() if key != "rows"}
+    assert after[96:] == pytest.approx(apply_weight_edits([whole], before[96:], {}))
+
+
+def test_a_fused_weight_has_one_edit_with_its_slices(kit):
+    case = kit.draw(kit.Config(fused=True, bias=False), 0)
+    graph, _ = kit.apply_passes(case, ["smooth-k", "hadamard-v"])
+    (ops,) = [e.ops for e in weight_edits(graph) if e.parameter == "qkv_proj.weight"]
+    assert [(op.op, op.rows) for op in ops] == [
+        ("scale_rows", (0, 64)),
+        ("scale_rows", (64, 96)),
+        ("hadamard_rows", (96, 112)),
+    ]
+
+
+def test_a_slice_of_a_slice_and_of_a_transpose():
+    b = Builder("attention")
+    x = b.input("x", TensorType("f32", ("B", "T", 8)))
+    fused = b.param("c_attn.weight", TensorType("f32", (8, 24)))
+    part = b.emit("slice_rows", b.emit("transpose_w", fused), start=8, stop=24)
+    last = b.emit("slice_rows", part, start=8, stop=16)
+    y = b.emit("linear", x, b.emit("hadamard_rows", last, heads=2))
+    other = b.emit("linear", x, b.emit("slice_rows", part, start=0, stop=8))
+    (edit,) = weight_edits(b.finish((y, other)))
+    assert edit.ops == (WeightOp("hadamard_rows", heads=2, transposed=True, rows=(16, 24)),)
+    weight = np.random.default_rng(0).normal(size=(8, 24))
+    after = apply_weight_edits([edit.ops[0].to_json()], weight, {})
+    assert np.array_equal(after[:, :16], weight[:, :16])
+    want = apply_weight_edits([WeightOp("hadamard_rows", heads=2)], weight[:, 16:].T, {}).T
+    assert after[:, 16:] == pytest.approx(want)
+    overlapping = b.emit("linear", x, b.emit("slice_rows", part, start=4, stop=12))
+    with pytest.raises(KvantError) as refusal:
+        weight_edits(b.finish((y, overlapping)))
+    assert refusal.value.code == "shared-weight"
 
 
 def test_a_transposed_weight_is_edited_in_place():
     weight, scale = np.arange(24.0).reshape(6, 4), np.array([[2.0, 3.0], [5.0, 7.0]])
-    ops = [WeightOp("transpose_w"), WeightOp("scale_rows", "s", heads=2)]
-    after = apply_weight_edits(ops, weight, {"s": scale})
+    op = WeightOp("scale_rows", "s", heads=2, transposed=True)
+    after = apply_weight_edits([op], weight, {"s": scale})
     assert after == pytest.approx(weight * scale.reshape(-1))
 
 
 def test_json_round_trip():
     op = WeightOp("scale_rows", "kvant.k_smooth", heads=4, repeat=2, inverse=True)
     assert WeightOp.from_json(op.to_json()) == op
-    view = WeightOp("slice_rows", start=2, stop=5)
+    assert set(op.to_json()) == {"op", "heads", "constant", "repeat", "inverse"}
+    view = WeightOp("hadamard_rows", heads=2, transposed=True, rows=(2, 6))
     assert WeightOp.from_json(view.to_json()) == view
 
 
@@ -111,6 +138,7 @@ def test_edits_compute_in_float64():
     [
         ({"op": "exec"}, "is no weight op"),
         ({"op": "linear"}, "is no weight op"),
+        ({"op": "hadamard_rows", "heads": 2, "rows": [4, 12]}, "no rows 4 to 12"),
         ({"op": "hadamard_rows", "heads": 2, "path": "x"}, "is no weight op"),
         ({"op": "scale_rows", "heads": 2, "constant": "missing"}, "there is no constant missing"),
         ({"op": "scale_rows", "heads": 2, "constant": "s"}, "scale_rows"),

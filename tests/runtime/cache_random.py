@@ -33,7 +33,7 @@ def random_format(rng: Any, channels: int) -> Raw | Int | Bfp:
 
 def random_tokens(rng: Any, channels: int) -> Tokens:
     rest = random_format(rng, channels)
-    sink = int(rng.choice([0, 0, 1, 4]))
+    sink = int(rng.choice([0, 0, 1, 4, 50]))
     if rng.random() < 0.3:
         recent = rest.group_tokens * int(rng.choice([1, 2]))
         return Tokens(rest, sink, max(recent, 16) if rest.group_tokens == 1 else recent, "block")

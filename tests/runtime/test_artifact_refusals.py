@@ -556,6 +556,34 @@ def test_plan_with_an_unknown_format(made: Made) -> None:
             lambda e: e[1]["ops"][0].update(constant="layers.0.x"),
             "hadamard_rows of 'model.layers.0.self_attn.v_proj.weight' takes no constant",
         ),
+        (
+            lambda e: e[0]["ops"][0].update(heads=0),
+            "scale_rows of 'model.layers.0.self_attn.k_proj.weight' has options that make no sense",
+        ),
+        (
+            lambda e: e[0]["ops"][0].update(repeat="1"),
+            "scale_rows of 'model.layers.0.self_attn.k_proj.weight' has options that make no sense",
+        ),
+        (
+            lambda e: e[0]["ops"][0].update(inverse=1),
+            "scale_rows of 'model.layers.0.self_attn.k_proj.weight' has options that make no sense",
+        ),
+        (
+            lambda e: e[0]["ops"][0].update(rows=[3, 2]),
+            "scale_rows of 'model.layers.0.self_attn.k_proj.weight' has options that make no sense",
+        ),
+        (
+            lambda e: e[0]["ops"][0].update(rows=[0]),
+            "scale_rows of 'model.layers.0.self_attn.k_proj.weight' has options that make no sense",
+        ),
+        (
+            lambda e: e[0]["ops"][0].update(rows=[0, True]),
+            "scale_rows of 'model.layers.0.self_attn.k_proj.weight' has options that make no sense",
+        ),
+        (
+            lambda e: e[0]["ops"][0].update(colour=1),
+            "scale_rows of 'model.layers.0.self_attn.k_proj.weight' has options that make no sense",
+        ),
     ],
 )
 def test_weight_edits_wrong(made: Made, change: Callable[[Any], object], what: str) -> None:

@@ -34,6 +34,7 @@ ENCODINGS = {
     "int2-channel-block": KIVI,
     "int3-channel-96": Tokens(Int(3, "channel", 96, zero="int"), recent=3),
     "int8-channel": Tokens(Int(8, "channel", 64, zero="none", params="f32"), sink=2, recent=40),
+    "int4-many-sinks": Tokens(Int(4, "token", 32), sink=100),
     "bfp8": Tokens(Bfp(8, 32)),
     "bfp4-sink-recent": Tokens(Bfp(4, 16), sink=3, recent=10),
 }

@@ -207,6 +207,7 @@ def test_a_rejected_draft_leaves_no_trace() -> None:
     cache.activate_past_recording()
     logits(model, torch.cat([ids, draft], 1), cache)
     cache.crop(-33)
+    assert cache.packed.layers[1].v.encoded[0] == 64, "what stays was not packed"
     assert torch.equal(logits(model, draft[:, :1], cache), expected)
     assert cache.bytes() == expected_bytes
 

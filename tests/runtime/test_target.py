@@ -1,0 +1,101 @@
+"""Which target is chosen on which machine, and what is said of the others."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kvant.ir.errors import KvantError
+from kvant.runtime.machine import Machine, this_machine, why_not
+from kvant.runtime.target import choose_target
+
+V3 = ("avx2", "fma")
+V4 = (*V3, "avx512f")
+LAPTOP = Machine("Linux", "x86_64", frozenset(V3), (2, 31))
+SERVER = Machine("Linux", "x86_64", frozenset(V4), (2, 36))
+PHONE = Machine("Linux", "aarch64", frozenset({"neon"}), None)
+
+
+def cpu(*features: str, **facts: Any) -> dict[str, Any]:
+    base = {"kind": "cpu", "system": "Linux", "machine": "x86_64", "features": list(features)}
+    return base | facts
+
+
+TARGETS: dict[str, dict[str, Any]] = {
+    "cpu-x86-64-v3": cpu(*V3),
+    "cpu-x86-64-v4": cpu(*V4),
+    "cuda-sm_90": {"kind": "cuda"},
+    "reference": {"kind": "reference"},
+}
+
+
+def test_the_one_that_uses_most_of_the_machine_is_chosen() -> None:
+    assert choose_target(TARGETS, "auto", "x", SERVER).name == "cpu-x86-64-v4"
+    chosen = choose_target(TARGETS, "auto", "x", LAPTOP)
+    assert chosen.name == "cpu-x86-64-v3"
+    assert chosen.passed_over == {
+        "cpu-x86-64-v4": "it needs avx512f, which this processor does not have",
+        "cuda-sm_90": "this version of the runtime does not run targets of kind 'cuda'",
+    }
+
+
+def test_who_asks_for_one_gets_that_one() -> None:
+    for name in ("cpu:x86-64-v3", "cpu-x86-64-v3"):
+        chosen = choose_target(TARGETS, name, "x", SERVER)
+        assert chosen.name == "cpu-x86-64-v3"
+        assert chosen.passed_over["cpu-x86-64-v4"] == "cpu-x86-64-v3 was preferred"
+    assert choose_target(TARGETS, "cpu", "x", SERVER).name == "cpu-x86-64-v4"
+    assert choose_target(TARGETS, "reference", "x", PHONE).name == "reference"
+
+
+def test_auto_never_falls_back_to_the_reference() -> None:
+    with pytest.raises(KvantError) as caught:
+        choose_target(TARGETS, "auto", "x", PHONE)
+    assert str(caught.value) == (
+        "no compiled target of the artifact runs here: "
+        "cpu-x86-64-v3: it is for Linux on x86_64; this machine is Linux on aarch64; "
+        "cpu-x86-64-v4: it is for Linux on x86_64; this machine is Linux on aarch64; "
+        "cuda-sm_90: this version of the runtime does not run targets of kind 'cuda'\n"
+        "  where: x\n"
+        "  fix: compile again on or for this machine; target='reference' works anywhere, slowly"
+        "  [no-usable-target]"
+    )
+
+
+def test_an_artifact_of_the_reference_alone_is_served_by_it() -> None:
+    only = {"reference": {"kind": "reference"}}
+    assert choose_target(only, "auto", "x", PHONE).name == "reference"
+    with pytest.raises(KvantError) as caught:
+        choose_target(only, "cpu", "x", SERVER)
+    assert caught.value.what == "the artifact has no target 'cpu'; it has reference"
+
+
+def test_an_artifact_without_targets() -> None:
+    with pytest.raises(KvantError, match="runs here: it has none"):
+        choose_target({}, "auto", "x", SERVER)
+    assert choose_target({}, "reference", "x", SERVER).name == "reference"
+
+
+def test_glibc() -> None:
+    assert why_not(cpu(glibc="2.31"), LAPTOP) is None
+    assert why_not(cpu(glibc="2.4"), LAPTOP) is None
+    reason = "it needs glibc 2.32 or newer; this system has 2.31"
+    assert why_not(cpu(glibc="2.32"), LAPTOP) == reason
+    phone = {"kind": "cpu", "glibc": "2.17"}
+    assert why_not(phone, PHONE) == "it needs glibc 2.17 or newer; this system has none"
+
+
+def test_this_machine_is_read(tmp_path: Path) -> None:
+    machine = this_machine()
+    assert machine.system == "Linux"
+    assert machine.features
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(
+        "processor : 0\nflags\t\t: pni sse4_2 avx512_vnni abm avx_vnni\n\nflags : x\n"
+    )
+    found = this_machine(cpuinfo).features
+    assert {"sse3", "sse4.2", "avx512vnni", "lzcnt", "avxvnni", "avx512_vnni"} < found
+    assert "x" not in found
+    cpuinfo.write_text("Features : fp asimd asimddp\n")
+    assert {"neon", "dotprod"} < this_machine(cpuinfo).features
+    assert this_machine(tmp_path / "none").features == frozenset()

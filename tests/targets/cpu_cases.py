@@ -1,0 +1,137 @@
+"""Plans for the tests of the target cpu, and their compiled kernels: compiled once a session."""
+
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from kvant.ir.arrays import Array
+from kvant.ir.encodings import Bfp, Int, Raw, Tokens
+from kvant.ir.encodings.tokens import Format
+from kvant.ir.layouts import page_tokens
+from kvant.ir.maps import Gather, Hadamard, Map, Scale
+from kvant.ir.plan import AttentionPlan, StreamPlan
+from kvant.runtime.launch_cpu import Kernels
+from kvant.targets.cpu import compile_cpu
+
+Constants = dict[str, Array]
+BOTH = {"sink": 4}
+
+
+def stream(role: str, fmt: Format, heads: int, channels: int, **tokens: Any) -> StreamPlan:
+    return StreamPlan(role, heads, channels, (), Tokens(fmt, **tokens), page_tokens(fmt))
+
+
+def plan_of(
+    k: Format,
+    v: Format,
+    heads: int = 2,
+    group: int = 2,
+    d: int = 64,
+    dv: int | None = None,
+    *,
+    k_tokens: dict[str, Any] | None = None,
+    v_tokens: dict[str, Any] | None = None,
+    compute: str = "float",
+    softcap: float | None = None,
+    window: int | None = None,
+) -> AttentionPlan:
+    return AttentionPlan(
+        heads * group,
+        d**-0.5,
+        softcap,
+        window,
+        (),
+        stream("k", k, heads, d, **(k_tokens or {})),
+        stream("v", v, heads, dv or d, **(v_tokens or {})),
+        (),
+        compute,  # type: ignore[arg-type]
+    )
+
+
+def mapped(plan: AttentionPlan, *maps: Map, v_maps: tuple[Map, ...] = ()) -> AttentionPlan:
+    """The plan with online maps on K (and their duals on q), and on V (undone on the output)."""
+    dual = tuple(replace(m, inverse=not m.inverse) if isinstance(m, Scale) else m for m in maps)
+    k, v = replace(plan.k, maps=maps), replace(plan.v, maps=v_maps)
+    return replace(plan, k=k, v=v, q_maps=dual, out_maps=v_maps)
+
+
+def constants_of(plan: AttentionPlan) -> Constants:
+    rng, shape = np.random.default_rng(7), (plan.k.heads, plan.k.channels)
+    return {
+        "kvant.order": np.stack([rng.permutation(shape[1]) for _ in range(shape[0])]),
+        "kvant.values": rng.uniform(0.5, 2.0, shape),
+    }
+
+
+@lru_cache(maxsize=64)
+def files_of(plan: AttentionPlan) -> dict[str, bytes]:
+    return compile_cpu(plan)
+
+
+def kernels_of(plans: list[AttentionPlan], constants: list[Constants]) -> Kernels:
+    keys = [f"p{plans.index(plan)}" for plan in plans]
+    files = {
+        f"{key}/{name}": data
+        for key, plan in zip(keys, plans, strict=True)
+        for name, data in files_of(plan).items()
+    }
+    return Kernels(plans, constants, keys, files)
+
+
+def _int(bits: int, axis: str, group: int, **fields: Any) -> Int:
+    return Int(bits, axis, group, **fields)  # type: ignore[arg-type]
+
+
+HEADLINE = plan_of(
+    _int(4, "token", 128), _int(4, "token", 128), d=128, k_tokens=BOTH, v_tokens=BOTH
+)
+INTEGER = replace(HEADLINE, compute="int")
+KIVI = plan_of(
+    _int(2, "channel", 32),
+    _int(2, "token", 32),
+    k_tokens={"recent": 32, "flush": "block"},
+    v_tokens={"recent": 40},
+)
+
+# Each format stands on both sides, each option somewhere; head sizes 32 to 256, groups 1 to 8.
+PLANS: dict[str, AttentionPlan] = {
+    "int4-token": HEADLINE,
+    "int4-token-int": INTEGER,
+    "kivi-2bit": KIVI,
+    "int4-groups-int": plan_of(
+        _int(4, "token", 32, zero="int"),
+        _int(4, "channel", 16, zero="none"),
+        group=1,
+        compute="int",
+    ),
+    "int8-groups-int": plan_of(
+        _int(8, "token", 32, params="f32"),
+        _int(8, "channel", 48, zero="int", params="bf16"),
+        group=5,
+        compute="int",
+        k_tokens={"sink": 2},
+        v_tokens={"sink": 1},
+    ),
+    "int4-d80": plan_of(
+        _int(4, "token", 80), _int(3, "token", 96, zero="none"), d=80, dv=96, compute="int"
+    ),
+    "int3-d96": plan_of(
+        _int(3, "channel", 32, params="f32"), _int(8, "token", 96), d=96, group=3, softcap=20.0
+    ),
+    "int2-d256": plan_of(
+        _int(2, "token", 64, zero="int", params="bf16"), _int(3, "channel", 64), d=256, window=100
+    ),
+    "bfp": plan_of(Bfp(4, 16), Bfp(8, 32), group=7, d=32, v_tokens={"sink": 3, "recent": 5}),
+    "raw": plan_of(
+        Raw("bf16"), Raw("f16"), group=8, window=7, v_tokens={"recent": 64, "flush": "block"}
+    ),
+    "maps": mapped(
+        plan_of(_int(4, "token", 64, clip=0.9), Raw("f32"), k_tokens={"raw": Raw("bf16")}),
+        Scale("kvant.values"),
+        Gather("kvant.order"),
+        Hadamard(64),
+        v_maps=(Hadamard(64),),
+    ),
+}

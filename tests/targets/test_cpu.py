@@ -1,0 +1,99 @@
+"""Compiled kernels against float64: outputs within P7, stored bits equal to the encoder's."""
+
+import numpy as np
+import pytest
+
+from kvant.ir.plan import AttentionPlan
+from kvant.runtime.cache import Cache
+from kvant.runtime.launch_reference import Kernels as Reference
+
+from ..runtime.cache_bytes import poison
+from ..runtime.cache_random import make_case, random_plan
+from ..runtime.cache_runner import run_case
+from .cpu_cases import HEADLINE, INTEGER, KIVI, PLANS, constants_of, kernels_of
+
+CASES_PER_PLAN = 4
+
+
+@pytest.fixture(params=PLANS, ids=str)
+def plan(request: pytest.FixtureRequest) -> AttentionPlan:
+    return PLANS[request.param]
+
+
+def test_random_scripts_within_p7(plan: AttentionPlan) -> None:
+    """Lengths around groups and pages, padding, truncation, beams; garbage past the length."""
+    rng = np.random.default_rng(1)
+    for _ in range(CASES_PER_PLAN):
+        run_case(kernels_of, make_case(rng, plan, constants_of(plan)))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(40))
+def test_random_plans_within_p7(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    plan, constants = random_plan(rng)
+    for _ in range(8):
+        run_case(kernels_of, make_case(rng, plan, constants))
+
+
+def filled(plan: AttentionPlan, lengths: list[int], seed: int = 0) -> list[Cache]:
+    """A cache on compiled kernels and one on the reference, appended to in uneven steps."""
+    constants, rng = constants_of(plan), np.random.default_rng(seed)
+    kernels = (kernels_of([plan], [constants]), Reference([plan], [constants]))
+    caches = [Cache([plan], k, batch=len(lengths), max_tokens=2048) for k in kernels]
+    done = 0
+    while done < max(lengths):
+        tokens = int(rng.integers(1, 150))
+        count = np.clip(np.array(lengths) - done, 0, tokens)
+        k, v = (
+            rng.normal(size=(len(lengths), s.heads, tokens, s.channels)).astype(np.float32)
+            for s in (plan.k, plan.v)
+        )
+        k[..., 3] *= 8
+        v[:, :, :: 1 + tokens // 2] = 1.5
+        for cache in caches:
+            cache.append(0, k, v, count)
+        done += tokens
+    for cache in caches:
+        cache.flush()
+    return caches
+
+
+def test_pages_are_the_encoders_bytes(plan: AttentionPlan) -> None:
+    if plan.k.tokens.raw.dtype != "f32":
+        pytest.skip("the reference keeps the tail in float32")
+    compiled, reference = filled(plan, [300, 1, 130])
+    for have, want in zip(compiled.layers[0].streams, reference.layers[0].streams, strict=True):
+        assert np.array_equal(have.tail, want.tail)
+        assert have.pool.high == want.pool.high
+        assert np.array_equal(have.pages[: have.pool.high], want.pages[: want.pool.high])
+
+
+@pytest.mark.parametrize("plan", [HEADLINE, INTEGER, KIVI], ids=["float", "int", "kivi"])
+@pytest.mark.parametrize("queries", [1, 2, 9, 130])
+def test_several_splits(plan: AttentionPlan, queries: int) -> None:
+    """Rows of more than two splits beside empty ones; more queries than one launch takes."""
+    compiled, reference = filled(plan, [1200, 0, 517, 1], seed=3)
+    q = np.random.default_rng(5).normal(size=(4, plan.q_heads, queries, plan.k.channels))
+    q = q.astype(np.float32)
+    q_columns = min(queries, compiled.length)
+    poison(compiled, 0xFF)
+    out, lse = compiled.attend(0, q[:, :, :q_columns], return_lse=True)
+    want, want_lse = reference.attend(0, q[:, :, :q_columns], return_lse=True)
+    assert np.abs(out - want).max() < 4e-6
+    assert np.array_equal(np.isneginf(lse), np.isneginf(want_lse))
+    seen = np.isfinite(want_lse)
+    assert np.abs(lse[seen] - want_lse[seen]).max() < 1e-5
+    assert seen.any()
+    assert np.isfinite(out).all()
+
+
+def test_a_row_alone_equals_the_row_in_company() -> None:
+    compiled, _ = filled(HEADLINE, [1200, 40, 517], seed=3)
+    streams = compiled.layers[0].streams
+    q = np.random.default_rng(5).normal(size=(3, 4, 1, 128)).astype(np.float32)
+    together, _ = compiled.kernels.attend(0, q, *streams)
+    compiled.reorder(np.array([2, 2, 2]))
+    alone, _ = compiled.kernels.attend(0, q[[2, 2, 2]], *compiled.layers[0].streams)
+    assert np.array_equal(alone[0], together[2])
+    assert np.array_equal(alone[1], together[2])
