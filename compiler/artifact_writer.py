@@ -117,24 +117,28 @@ def write_artifact(
             "kvant": __version__,
             "requires": [],
             "tools": _tool_versions(),
-            "model": {
-                "name": model.name,
-                "architecture": model.architecture,
-                "facts": _plain(model.facts),
-                "fingerprint": model.fingerprint,
-                "weights": _plain(weights),
-            },
+            "model": _model(model) | {"weights": _plain(weights)},
             "recipe": recipe,
             "targets": table,
-            "files": {
-                name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-                for name, data in files.items()
-            },
+            "files": {name: _listed(data) for name, data in files.items()},
         }
     )
     identity = id_of(manifest)
     publish_folder(out, files | {MANIFEST: manifest, ID: identity.encode() + b"\n"})
     return identity
+
+
+def _model(model: "Model") -> dict[str, Json]:
+    return {
+        "name": model.name,
+        "architecture": model.architecture,
+        "facts": _plain(model.facts),
+        "fingerprint": model.fingerprint,
+    }
+
+
+def _listed(data: bytes) -> Json:
+    return {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def _entries(variants: Sequence[Variant], plans: Sequence[AttentionPlan]) -> list[LayerEntry]:

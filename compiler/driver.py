@@ -18,6 +18,7 @@ from . import recipe as recipes
 from .bind import ModelSource, open_model
 from .capture import Layer, Model, capture
 from .pipeline import Trace, run
+from .self_check import self_check
 from .shape import Shape, shape_model
 
 if TYPE_CHECKING:
@@ -92,8 +93,7 @@ def compile(
     chosen, toml = recipes.load(recipe)
     resolved = {name: resolve(name) for name in dict.fromkeys(targets)}
     clock.stage("capture")
-    source = _source(model)
-    captured = shape_model(model) if isinstance(model, Shape) else capture(_opened(source))
+    source, captured = _capture(model)
     path = Path(out or f"{captured.name}-{chosen.name}.kvant")
     refuse_existing(path)
     clock.stage("rewrite")
@@ -131,17 +131,17 @@ def _kernels(
     }
 
 
-def _source(model: Any) -> ModelSource | None:
-    """Return where the weights come from; a shape has none."""
+def _capture(model: Any) -> tuple[ModelSource | None, Model]:
+    """Return where the weights come from (nowhere for a shape), and the captured model.
+
+    The captured graphs are compared with the model itself on small random weights.
+    """
     if isinstance(model, Shape):
-        return None
-    return model if isinstance(model, ModelSource) else open_model(model)
-
-
-def _opened(source: ModelSource | None) -> ModelSource:
-    if source is None:
-        raise TypeError("a model source is needed here")
-    return source
+        return None, shape_model(model)
+    source = model if isinstance(model, ModelSource) else open_model(model)
+    captured = capture(source)
+    self_check(source, captured)
+    return source, captured
 
 
 def rewrite(model: Model, recipe: recipes.Recipe, dump: Path | None = None) -> tuple[Variant, ...]:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 CONTEXT = 2048
 """Tokens of a window at most, prompt included; longer evaluations use several windows."""
 
-_NOISE_TOKENS = 256  # the reference is slow: the noise floor is measured on the first of them
+_NOISE_TOKENS = 128  # the reference is slow: the noise floor is measured on the first of them
 _RESAMPLES = 2000
 _RUN = 16  # neighbouring tokens that are drawn together, because their errors are alike
 

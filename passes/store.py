@@ -22,7 +22,7 @@ from ..ir.errors import KvantError
 from ..ir.graph import Graph, Op, Value
 from ..ir.rewrite import Builder, rewrite
 from .constants import check_word
-from .sites import basis_of, emit_write, find_site, store_of
+from .sites import basis_of, emit_write, find_site
 
 
 def store(
@@ -49,23 +49,19 @@ def store(
     site = find_site(graph)
     if site is None:
         return graph
-    wanted = {"k": (k, site.k.width), "v": (v, site.v.width)}
     sliding = site.attend.attr("window")
-    for role, (tokens, width) in wanted.items():
-        tokens.check(width, f"stream {role}")
+    k.check(site.k.width, "stream k")
+    v.check(site.v.width, "stream v")
     if sliding is not None and window == "keep":
         return graph
     limits = [limit for limit in (sliding, context) if isinstance(limit, int)]
-    for role, (tokens, _) in wanted.items():
-        check_quantizes(role, tokens, min(limits, default=None))
+    check_quantizes("k", k, min(limits, default=None))
+    check_quantizes("v", v, min(limits, default=None))
 
     def rule(b: Builder, op: Op, args: tuple[Value, ...]) -> Value | None:
         if op not in (site.k_write, site.v_write):
             return None
-        tokens = k if op == site.k_write else v
-        if store_of(op) == tokens:
-            return None
-        return emit_write(b, op, args[0], basis_of(op), tokens)
+        return emit_write(b, op, args[0], basis_of(op), k if op == site.k_write else v)
 
     return rewrite(graph, rule)
 

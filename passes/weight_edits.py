@@ -25,8 +25,6 @@ def weight_edits(graph: Graph) -> list[WeightEdit]:
     edits: list[WeightEdit] = []
     for op in graph.find("param"):
         name = op.attr_as("name", str)
-        if name.startswith("kvant."):
-            continue
         uses = dict.fromkeys(_uses(graph, op.result, WHOLE))
         _check_disjoint(name, list(uses))
         ops = tuple(op for _, chain in uses for op in chain)

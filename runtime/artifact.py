@@ -175,7 +175,8 @@ def load(path: str | Path, target: str = "auto", id: str | None = None) -> Artif
             "auto" never falls back to the reference when the artifact has compiled kernels.
         id: refuse any other artifact than this one.
 
-    Raises: KvantError; the codes are listed in docs/errors.md.
+    Raises: KvantError of `read_contents`, "unknown-target", "no-usable-target", "plan-wrong",
+        "constants-wrong", "constants-unreadable", "weight-edits-wrong".
     """
     contents = read_contents(path, id)
     where = os.fspath(path)

@@ -284,6 +284,15 @@ class KvantCache(TransformersCache):  # type: ignore[misc]
         """Refuse: rows of a cache cannot be dropped."""
         _refuse_rows()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
+        """Refuse: a copy would share pages and drag the model along."""
+        raise KvantError(
+            "unsupported-copy",
+            "a packed cache cannot be copied with copy.deepcopy",
+            where="past_key_values",
+            fix="run the shared prefix once for each cache; attach(model, artifact) gives more caches",
+        )
+
     def attend(
         self, layer: KvantLayer, q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, call: "Call"
     ) -> Tensor:

@@ -10,7 +10,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -123,11 +123,14 @@ def _load(library: bytes, where: str) -> Any:
         os.close(handle)
 
 
-@dataclass(slots=True)
 class _Scratch(threading.local):
-    """Arrays between the kernels of one attend, kept for the next one; each thread has its own."""
+    """Arrays between the kernels of one attend, kept for the next one; each thread has its own.
 
-    arrays: dict[str, Array] = field(default_factory=dict)
+    NOTE: no __slots__ here: threads would share what is in a slot.
+    """
+
+    def __init__(self) -> None:
+        self.arrays: dict[str, Array] = {}
 
     def take(self, name: str, count: int, dtype: str) -> Array:
         """Return at least `count` elements; what is in them stays from the last call."""

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..ir.arrays import from_stored, to_stored
 from ..ir.attention import attend, round_queries
 from ..ir.errors import KvantError
 from ..ir.maps import apply
-from ..ir.plan import AttentionPlan
+from ..ir.plan import AttentionPlan, StreamPlan
 from .stream import Floats, Ints, Stream
 
 Array = NDArray[Any]
@@ -35,10 +36,8 @@ class Kernels:
 
     def append(self, layer: int, stream: Stream, x: Floats, first: Ints, count: Ints) -> None:
         """Map and store new tokens as they came; see `stream.Kernels`."""
-        constants = self._constants[layer]
-        new = [x[row, :, first[row] : first[row] + count[row]] for row in range(len(x))]
-        with np.errstate(over="ignore", invalid="ignore"):
-            mapped = [apply(stream.plan.maps, part, constants).astype(np.float32) for part in new]
+        tokens = [x[row, :, first[row] : first[row] + count[row]] for row in range(len(x))]
+        mapped = [_as_stored(stream.plan, part, self._constants[layer]) for part in tokens]
         for row, part in enumerate(mapped):
             if not np.isfinite(part).all():
                 raise _non_finite(layer, stream, row)
@@ -111,6 +110,13 @@ def _read_pages(stream: Stream, row: int, count: int) -> Array:
     return np.concatenate(parts, axis=1)
 
 
+def _as_stored(plan: StreamPlan, x: Array, constants: Mapping[str, Array]) -> Array:
+    """Return x [H, n, D] after the maps, with the precision of the plan's raw type."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        mapped = apply(plan.maps, x, constants).astype(np.float32)
+        return from_stored(to_stored(mapped, plan.tokens.raw.dtype), plan.tokens.raw.dtype)
+
+
 def _store(stream: Stream, row: int, x: Array) -> None:
     """Put x [H, n, D] at positions length, length + 1, ... of sink and tail."""
     begin = int(stream.length[row])
@@ -123,9 +129,10 @@ def _store(stream: Stream, row: int, x: Array) -> None:
 
 
 def _non_finite(layer: int, stream: Stream, row: int) -> KvantError:
+    role, raw = stream.plan.role, stream.plan.tokens.raw.dtype
     return KvantError(
         "non-finite",
-        f"{stream.plan.role} is NaN or infinite in float32 after its maps, row {row}",
+        f"{role} is NaN or infinite in {raw} after its maps, row {row}",
         where=f"layer {layer}, append",
         fix="find out why the model gave such values; nothing was stored",
     )

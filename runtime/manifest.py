@@ -70,6 +70,8 @@ def read_manifest(raw: bytes, id_file: bytes, pinned: str | None, where: str) ->
     identity = _check_identity(raw, id_file, pinned, where)
     facts = parse_object(raw, f"{where}/{MANIFEST}")
     _check_schema(facts, where)
+    _check_requires(facts, where)
+    _check_keys(facts, where)
     files = _files(facts, where)
     check_names(files, where)
     targets = _targets(facts, files, where)
@@ -158,26 +160,39 @@ def _check_schema(facts: dict[str, Json], where: str) -> None:
             where=f"{where}/{MANIFEST}",
             fix=f"compile again with this version ({made_by})",
         )
+
+
+def _check_requires(facts: dict[str, Json], where: str) -> None:
     requires = facts.get("requires", [])
     if not isinstance(requires, list):
         _invalid("requires", "must be a list", where)
-    unknown = [ascii(feature) for feature in requires if feature not in KNOWN_FEATURES]
+    unknown = [ascii(name) for name in requires if str(name) not in KNOWN_FEATURES]
     if unknown:
         raise KvantError(
             "feature-unknown",
             f"reading this artifact requires {', '.join(unknown)}, not known to this runtime",
             where=f"{where}/{MANIFEST}",
-            fix=f"upgrade kvant ({made_by})",
+            fix=f"upgrade kvant (it was made by kvant {facts.get('kvant')!a})",
         )
+
+
+def _check_keys(facts: dict[str, Json], where: str) -> None:
     if _KEYS - facts.keys():
         _invalid(", ".join(sorted(_KEYS - facts.keys())), "is missing", where)
-    if minor <= SCHEMA[1] and facts.keys() - _KEYS:
+    if not _is_newer(facts) and facts.keys() - _KEYS:
         _invalid(", ".join(sorted(facts.keys() - _KEYS)), "is not a key of this schema", where)
     if not isinstance(facts["recipe"], str):
         _invalid("recipe", "must be a string", where)
     model = facts["model"]
     if not isinstance(model, dict) or _MODEL_KEYS - model.keys():
         _invalid("model", f"must hold {', '.join(sorted(_MODEL_KEYS))}", where)
+
+
+def _is_newer(facts: dict[str, Json]) -> bool:
+    """Return whether a newer minor version wrote this, whose further keys are left unread."""
+    schema = facts["schema"]
+    minor = schema.get("minor") if isinstance(schema, dict) else 0
+    return isinstance(minor, int) and minor > SCHEMA[1]
 
 
 def _files(facts: dict[str, Json], where: str) -> dict[str, Listed]:

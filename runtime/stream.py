@@ -72,7 +72,8 @@ class Kernels(Protocol):
     def append(self, layer: int, stream: Stream, x: Floats, first: Ints, count: Ints) -> None:
         """Apply the online maps to x [B, H, T, D] and store it as positions length, length + 1, ...
 
-        Row b's tokens are x[b, :, first[b] : first[b] + count[b]]. The tail is large enough.
+        Row b's tokens are x[b, :, first[b] : first[b] + count[b]]. The tail is large enough. After
+        the maps they are rounded to the plan's raw type (`Tokens.raw`), in float32.
         Raises: KvantError "non-finite" before anything is stored.
         """
 

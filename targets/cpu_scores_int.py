@@ -77,14 +77,14 @@ def _write_codes(kernel: Kernel, reader: PageReader, g: int, s: str) -> None:
     for i, channel in enumerate(_channels(reader, g)):
         plane, place = divmod(channel, reader.plane)
         codes = reader.codes(f"t + {s}", str(place), size, plane)
-        kernel.let(f"c{i}", codes if size == 32 else cast("int16", codes, size))
+        kernel.let(f"c{g}_{i}", codes if size == 32 else cast("int16", codes, size))
 
 
 def _dot(reader: PageReader, rows: Rows, g: int, r: int) -> str:
     """Return the dot of the bound codes with row r, f32 in eight lanes."""
     size, dtype = chunk(reader)
     products = [
-        _product(dtype, f"c{i}", at("q_codes", rows.query(str(r), str(channel)), size))
+        _product(dtype, f"c{g}_{i}", at("q_codes", rows.query(str(r), str(channel)), size))
         for i, channel in enumerate(_channels(reader, g))
     ]
     if size == 16:

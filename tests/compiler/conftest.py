@@ -1,11 +1,13 @@
 """What the tests of the compiler share: small random models, and the packaged one."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from kvant.compiler.bind import ModelSource, find_packaged_smollm2, open_model
+from kvant.compiler.capture import Model, capture
 from kvant.compiler.self_check import randomize
 from kvant.ir.errors import KvantError
 
@@ -42,6 +44,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 MakeModel = Callable[..., Any]
+Captured = Callable[[str], tuple[Any, Model]]
 
 
 @pytest.fixture(scope="session")
@@ -59,6 +62,18 @@ def make_model() -> MakeModel:
         return module.eval()
 
     return make
+
+
+@pytest.fixture(scope="session")
+def captured(make_model: MakeModel) -> Captured:
+    """Return captured(family) -> (torch module, its capture), made once. Leave both as they are."""
+
+    @functools.cache
+    def made(family: str) -> tuple[Any, Model]:
+        module = make_model(family)
+        return module, capture(open_model(module))
+
+    return made
 
 
 @pytest.fixture(scope="session")

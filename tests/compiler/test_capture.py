@@ -1,36 +1,28 @@
-"""Capture against stock transformers in numbers, and every refusal of it."""
+"""Capture against stock transformers in numbers, and what it says of a model."""
 
-import functools
 import inspect
 import linecache
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
 
 from kvant.compiler.bind import ModelSource, open_model
-from kvant.compiler.capture import Model, capture, mask_function, without_locations
+from kvant.compiler.capture import Model, capture, without_locations
 from kvant.compiler.self_check import STEPS, check_capture, randomize, self_check
 from kvant.ir.errors import KvantError
 from kvant.ir.graph import Graph, Op
 from kvant.ir.ops import OPS
 from kvant.ir.text import parse, print_graph
 
-from .conftest import FAMILIES, MakeModel
+from .conftest import FAMILIES, Captured, MakeModel
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
-from transformers import Cache  # noqa: E402
-from transformers.models.llama.modeling_llama import (  # noqa: E402
-    ALL_ATTENTION_FUNCTIONS,
-    LlamaAttention,
-    apply_rotary_pos_emb,
-)
 
 PLAIN = "linear split_heads rope linear split_heads rope cache_write cache_read"
 VALUE = "linear split_heads cache_write cache_read attend merge_heads linear"
@@ -49,21 +41,6 @@ OPS_OF = {
     "slice_rows slice_rows linear split_heads cache_write cache_read attend merge_heads "
     "transpose_w linear",
 }
-
-
-Captured = Callable[[str], tuple[Any, Model]]
-
-
-@pytest.fixture(scope="module")
-def captured(make_model: MakeModel) -> Captured:
-    """Return captured(family) -> (torch module, its capture), made once. Leave both as they are."""
-
-    @functools.cache
-    def made(family: str) -> tuple[Any, Model]:
-        module = make_model(family)
-        return module, capture(open_model(module))
-
-    return made
 
 
 def computing(graph: Graph) -> list[Op]:
@@ -324,205 +301,6 @@ def test_self_check_on_a_shrunk_config(family: str, make_model: MakeModel) -> No
     assert self_check(source, model) <= 2e-6
     with pytest.raises(KvantError, match=r"gives other graphs\n"):
         self_check(source, with_attr(model, "attend", "scale", 0.77))
-
-
-# Refusals. Each model below is Llama with one thing changed in its attention.
-class Changed(LlamaAttention):  # type: ignore[misc]
-    """Llama's attention, with places where a subclass does something that capture must refuse."""
-
-    keywords: ClassVar[dict[str, Any]] = {}
-    mask: Any = None
-
-    def forward(
-        self,
-        hidden_states: Any,
-        position_embeddings: Any = None,
-        attention_mask: Any = None,
-        past_key_values: Cache | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        q, k, v = (
-            proj(hidden_states).view(shape).transpose(1, 2)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
-        k, v = self.stored(past_key_values, k, v)
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, None)
-        out = attention(self, q, k, v, self.mask, scaling=self.scaling, **self.keywords)[0]
-        out = out.reshape(*hidden_states.shape[:-1], -1).contiguous()
-        return self.o_proj(self.after(out)), None
-
-    def stored(self, cache: Any, k: Any, v: Any) -> Any:
-        return cache.update(k, v, self.layer_idx)
-
-    def after(self, out: Any) -> Any:
-        return out
-
-
-class Gated(Changed):
-    def after(self, out: Any) -> Any:
-        return out * torch.sigmoid(out)
-
-
-class Unread(Changed):
-    def stored(self, cache: Any, k: Any, v: Any) -> Any:
-        super().stored(cache, k, v)
-        return k, v
-
-
-class Swapped(Changed):
-    def stored(self, cache: Any, k: Any, v: Any) -> Any:
-        return super().stored(cache, k, v)[::-1]
-
-
-class WithSinks(Changed):
-    @property
-    def keywords(self) -> dict[str, Any]:  # type: ignore[override]
-        return {"s_aux": torch.zeros(6, device=self.q_proj.weight.device)}
-
-
-class Masked(Changed):
-    @property
-    def mask(self) -> Any:
-        return torch.zeros(1, device=self.q_proj.weight.device)
-
-
-class Dropped(Changed):
-    keywords: ClassVar[dict[str, Any]] = {"dropout": 0.25}
-
-
-class TwoWay(Changed):
-    keywords: ClassVar[dict[str, Any]] = {"is_causal": False}
-
-
-class Harmless(Changed):
-    keywords: ClassVar[dict[str, Any]] = {"softcap": 20.0, "position_ids": None}
-
-
-CALL = "out = attention(self, q, k, v, self.mask, scaling=self.scaling, **self.keywords)[0]"
-TAKEN = "use a model without it; kvant takes causal attention with scale, window, softcap"
-WHY = "no such path\nand more"
-RULE = "leave this model out, or add a rule to kvant/compiler/raise_fx.py"
-
-
-def here(text: str) -> str:
-    """Return how a line of this file is shown."""
-    lines = Path(__file__).read_text().splitlines()
-    number = next(i for i, line in enumerate(lines, 1) if line.strip() == text)
-    return "/".join((*__name__.split(".")[:-1], "test_capture.py")) + f":{number}: {text}"
-
-
-def refused(make_model: MakeModel, kind: type) -> KvantError:
-    """Capture a model whose attention is of `kind`; return the error."""
-    module = make_model("llama")
-    for layer in module.model.layers:
-        layer.self_attn = kind(module.config, layer.self_attn.layer_idx)
-    with pytest.raises(KvantError) as caught:
-        capture(open_model(module))
-    assert module.config._attn_implementation == "sdpa"
-    return caught.value
-
-
-@pytest.mark.parametrize(
-    ("kind", "said"),
-    [
-        (WithSinks, "calls its attention with s_aux=..."),
-        (Dropped, "calls its attention with dropout=0.25"),
-        (TwoWay, "calls its attention with is_causal=False"),
-    ],
-)
-def test_an_argument_of_the_attention_is_refused(
-    kind: type, said: str, make_model: MakeModel
-) -> None:
-    error = refused(make_model, kind)
-    assert str(error) == (
-        f"the model {said}, which kvant cannot compile yet\n"
-        f"  where: {here(CALL)}\n"
-        f"  fix: {TAKEN}  [unsupported-attention-argument]"
-    )
-
-
-def test_a_mask_is_refused(make_model: MakeModel) -> None:
-    assert str(refused(make_model, Masked)) == (
-        "the model gives its attention a mask tensor, which kvant cannot compile yet\n"
-        f"  where: {here(CALL)}\n"
-        f"  fix: {TAKEN}  [unsupported-mask]"
-    )
-    assert mask_function() is None
-    with pytest.raises(KvantError, match=r"was given an attention mask.*\n.*\n.*unsupported-mask"):
-        mask_function(attention_mask=torch.ones(1, 4))
-
-
-def test_an_unknown_op_is_refused(make_model: MakeModel) -> None:
-    assert str(refused(make_model, Gated)) == (
-        "aten.mul.Tensor(reshape, sigmoid) is not part of an attention that kvant knows\n"
-        f"  where: {here('return self.o_proj(self.after(out)), None')}\n"
-        f"  fix: {RULE}  [unsupported-op]"
-    )
-
-
-def test_keys_must_come_from_the_cache(make_model: MakeModel) -> None:
-    assert str(refused(make_model, Unread)) == (
-        "aten.add.Tensor(mul_2, mul_3) is attended to as k, but the cache did not return "
-        f"it as k\n  where: {here('q, k = apply_rotary_pos_emb(q, k, *position_embeddings)')}\n"
-        f"  fix: {RULE}  [unsupported-op]"
-    )
-    assert "attended to as k, but the cache did not" in str(refused(make_model, Swapped))
-
-
-def test_an_understood_keyword_is_taken(make_model: MakeModel) -> None:
-    module = make_model("llama")
-    for layer in module.model.layers:
-        layer.self_attn = Harmless(module.config, layer.self_attn.layer_idx)
-    model = capture(open_model(module))
-    assert attribute(model, "softcap") == [20.0]
-
-
-@pytest.mark.parametrize(
-    ("config", "line"),
-    [
-        ("CohereConfig", "query_states, key_states = apply_rotary_pos_emb("),
-        ("GlmConfig", "query_states, key_states = apply_rotary_pos_emb("),
-    ],
-)
-def test_real_models_that_kvant_does_not_take_say_where(config: str, line: str) -> None:
-    import transformers
-
-    small = getattr(transformers, config)(**FAMILIES["llama"][1] | {"head_dim": 8})
-    module = transformers.AutoModelForCausalLM.from_config(small)
-    with pytest.raises(KvantError) as caught:
-        capture(open_model(module))
-    assert caught.value.code == "unsupported-op"
-    assert caught.value.where.startswith(f"transformers/models/{small.model_type}/modeling_")
-    assert line in caught.value.where
-
-
-def test_a_module_that_cannot_be_exported_is_one_error(make_model: MakeModel) -> None:
-    class Other(Changed):
-        def forward(self, hidden_states: Any, **kwargs: Any) -> Any:
-            raise ValueError(WHY)
-
-    assert str(refused(make_model, Other)) == (
-        "torch.export of Other failed: ValueError: no such path\n"
-        f"  where: {here('raise ValueError(WHY)')}\n"
-        "  fix: this attention module does not take (hidden states, cos and sin, a cache) as other "
-        "models do; leave this model out  [export-failed]"
-    )
-
-
-def test_a_model_without_attention_is_refused() -> None:
-    from transformers import AutoModelForCausalLM, MambaConfig
-
-    config = MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=16, state_size=4)
-    module = AutoModelForCausalLM.from_config(config)
-    with pytest.raises(KvantError) as caught:
-        capture(open_model(module))
-    assert str(caught.value) == (
-        "MambaForCausalLM has no causal self-attention layer\n"
-        "  where: MambaForCausalLM\n"
-        "  fix: give a decoder-only language model with attention layers  [no-attention]"
-    )
 
 
 def test_importing_capture_imports_no_torch() -> None:

@@ -105,6 +105,10 @@ def build(c: Config) -> Graph:
             role: b.input(role, TensorType("f32", ("B", heads, "T", width)))
             for role, (heads, width) in shapes.items()
         }
+    return b.finish((_attend(b, c, streams),))
+
+
+def _attend(b: Builder, c: Config, streams: dict[str, Value]) -> Value:
     read = {}
     for role in ("k", "v"):
         write = b.emit(
@@ -127,7 +131,7 @@ def build(c: Config) -> Graph:
         w = TensorType("f32", (c.channels, c.q_heads * c.value_width))
         bias = (b.param("o_proj.bias", TensorType("f32", (c.channels,))),) if c.bias else ()
         out = b.emit("linear", b.emit("merge_heads", out), b.param("o_proj.weight", w), *bias)
-    return b.finish((out,))
+    return out
 
 
 def _stream(

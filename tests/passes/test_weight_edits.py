@@ -172,3 +172,11 @@ def test_a_weight_used_twice_in_the_same_way_is_edited_once():
     edited = b.emit("hadamard_rows", shared, heads=2)
     graph = b.finish((b.emit("linear", x, edited), b.emit("linear", x, edited)))
     assert [edit.parameter for edit in weight_edits(graph)] == ["kv.weight"]
+
+
+def test_a_weight_that_no_pass_edits_may_be_shared():
+    b = Builder("attention")
+    x = b.input("x", TensorType("f32", ("B", "T", 8)))
+    shared = b.param("kv.weight", TensorType("f32", (8, 8)))
+    part = b.emit("linear", x, b.emit("slice_rows", shared, start=0, stop=4))
+    assert weight_edits(b.finish((b.emit("linear", x, shared), part))) == []

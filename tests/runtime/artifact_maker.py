@@ -14,9 +14,11 @@ import pytest
 
 from kvant.compiler.artifact_writer import write_artifact
 from kvant.ir.encodings import Int, Tokens
+from kvant.ir.errors import KvantError
 from kvant.ir.graph import Graph
 from kvant.ir.maps import Gather, Scale
 from kvant.ir.plan import AttentionPlan, StreamPlan
+from kvant.runtime import load
 from kvant.runtime.machine import this_machine
 from kvant.runtime.strict_json import canonical
 
@@ -179,3 +181,18 @@ def make(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Made:
     stand_in.Kernels = Kernels  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "kvant.runtime.launch_cpu", stand_in)
     return Made(folder, write(folder), loaded)
+
+
+def refusal(made: Made, **options: Any) -> KvantError:
+    """Load and return the refusal; native code must not have been touched."""
+    with pytest.raises(KvantError) as caught:
+        load(made.folder, **options)
+    assert made.loaded == []
+    assert caught.value.__cause__ is None
+    return caught.value
+
+
+def expect(made: Made, code: str, what: str, fix: str, where: str = "", **options: Any) -> None:
+    place = str(made.folder) + (f"/{where}" if where else "")
+    found = str(refusal(made, **options))
+    assert found == f"{what}\n  where: {place}\n  fix: {fix}  [{code}]"

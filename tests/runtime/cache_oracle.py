@@ -29,6 +29,7 @@ class OracleStream:
 
     def append(self, x: Array) -> None:
         new = apply(self.plan.maps, x, self.constants).astype(np.float32)
+        new = self.plan.tokens.raw.roundtrip(new).astype(np.float32)
         self.x = np.concatenate([self.x, new], axis=1)
 
     def stored(self) -> Array:

@@ -34,10 +34,12 @@ def random_format(rng: Any, channels: int) -> Raw | Int | Bfp:
 def random_tokens(rng: Any, channels: int) -> Tokens:
     rest = random_format(rng, channels)
     sink = int(rng.choice([0, 0, 1, 4, 50]))
+    raw = Raw("bf16" if rng.random() < 0.2 else "f32")
     if rng.random() < 0.3:
         recent = rest.group_tokens * int(rng.choice([1, 2]))
-        return Tokens(rest, sink, max(recent, 16) if rest.group_tokens == 1 else recent, "block")
-    return Tokens(rest, sink, int(rng.choice([0, 0, 3, 40])), "group")
+        recent = max(recent, 16) if rest.group_tokens == 1 else recent
+        return Tokens(rest, sink, recent, "block", raw)
+    return Tokens(rest, sink, int(rng.choice([0, 0, 3, 40])), "group", raw)
 
 
 def random_plan(rng: Any) -> tuple[AttentionPlan, Constants]:

@@ -9,64 +9,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load as load_arrays
-from safetensors.numpy import save as save_arrays
 
 from kvant.ir.errors import KvantError
-from kvant.runtime import load
-from kvant.runtime.strict_json import canonical
+from kvant.runtime import artifact, load
 
-from .artifact_maker import (
-    ORDER,
-    SMOOTH,
-    Made,
-    builds,
-    make,
-    reseal,
-    seal_raw,
-    write,
-)
+from .artifact_maker import Made, builds, expect, make, refusal, reseal, seal_raw, write
 
 COPY = "copy the artifact again from its source, or compile it again"
 COPY_FILES = "copy the artifact again from its source, with `cp -rL`, or compile it again"
-CONSTANTS_FIX = "compile the artifact again; if the constants are your own, correct them"
 SO = "targets/cpu-test/p0/kernels.so"
 
 
 @pytest.fixture
 def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Made:
     return make(tmp_path / "tiny.kvant", monkeypatch)
-
-
-def refusal(made: Made, **options: Any) -> KvantError:
-    """Load and return the refusal; native code must not have been touched."""
-    with pytest.raises(KvantError) as caught:
-        load(made.folder, **options)
-    assert made.loaded == []
-    assert caught.value.__cause__ is None
-    return caught.value
-
-
-def expect(made: Made, code: str, what: str, fix: str, where: str = "", **options: Any) -> None:
-    place = str(made.folder) + (f"/{where}" if where else "")
-    found = str(refusal(made, **options))
-    assert found == f"{what}\n  where: {place}\n  fix: {fix}  [{code}]"
-
-
-def edit_json(path: Path, change: Callable[[Any], object]) -> None:
-    facts = json.loads(path.read_bytes())
-    change(facts)
-    path.write_bytes(canonical(facts))
-
-
-def edit_constant(made: Made, key: str, change: Callable[[np.ndarray], np.ndarray | None]) -> None:
-    path = made.folder / "constants.safetensors"
-    arrays = load_arrays(path.read_bytes())
-    new = change(arrays.pop(key).copy())
-    if new is not None:
-        arrays[key] = new
-    path.write_bytes(save_arrays(arrays, metadata={"format": "kvant"}))
-    reseal(made.folder)
 
 
 # The folder
@@ -173,8 +129,8 @@ def test_older_schema(made: Made) -> None:
 
 
 def test_unknown_required_feature(made: Made) -> None:
-    reseal(made.folder, lambda facts: facts.update(requires=["sparse"]))
-    what = "reading this artifact requires 'sparse', not known to this runtime"
+    reseal(made.folder, lambda facts: facts.update(requires=["sparse", []]))
+    what = "reading this artifact requires 'sparse', [], not known to this runtime"
     fix = "upgrade kvant (it was made by kvant '0.1.0')"
     expect(made, "feature-unknown", what, fix, "manifest.json")
 
@@ -393,6 +349,19 @@ def test_pipe_is_refused_without_waiting(made: Made) -> None:
         (made.folder / name).write_text("")
 
 
+@pytest.mark.parametrize(
+    ("name", "named"), [(SO, SO), ("targets", "targets/cpu-test/p0/kernels.py")]
+)
+def test_a_link_put_there_after_the_listing_is_refused(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, named: str
+) -> None:
+    (made.folder / name).rename(tmp_path / "elsewhere")
+    (made.folder / name).symlink_to(tmp_path / "elsewhere")
+    monkeypatch.setattr(artifact, "check_closed_world", lambda root, names, where: None)
+    what = f"{named} is a symbolic link; an artifact holds regular files only"
+    expect(made, "file-kind", what, COPY_FILES, named)
+
+
 def test_folder_in_place_of_a_file(made: Made) -> None:
     (made.folder / SO).unlink()
     (made.folder / SO).mkdir()
@@ -449,155 +418,6 @@ def test_unknown_target(made: Made) -> None:
     what = "the artifact has no target 'cuda:sm_90'; it has cpu-test"
     fix = "load one of these, compile again with `-t`, or load the slow 'reference'"
     expect(made, "unknown-target", what, fix, target="cuda:sm_90")
-
-
-# Plan, constants, weight edits
-
-
-def test_constant_not_finite(made: Made) -> None:
-    def nan(array: np.ndarray) -> np.ndarray:
-        array[0, 0] = np.nan
-        return array
-
-    edit_constant(made, f"layers.0.{SMOOTH}", nan)
-    what = f"'layers.0.{SMOOTH}' holds NaN or infinity"
-    expect(made, "constants-wrong", what, CONSTANTS_FIX, "constants.safetensors")
-
-
-@pytest.mark.parametrize(
-    ("name", "change", "problem"),
-    [
-        (ORDER, lambda a: a * 0, "is not a permutation of 0..15 in every row"),
-        (ORDER, lambda a: a + 1, "is not a permutation of 0..15 in every row"),
-        (ORDER, lambda a: a.astype(np.float64), "is not a permutation of 0..15 in every row"),
-        (ORDER, lambda a: a[:1], "has shape [1, 16], expected [2, 16]"),
-        (ORDER, lambda a: None, "is missing"),
-        (SMOOTH, lambda a: a * 0, "holds a scale that is not above zero"),
-        (SMOOTH, lambda a: -a, "holds a scale that is not above zero"),
-        (SMOOTH, lambda a: a * np.inf, "holds NaN or infinity"),
-        (SMOOTH, lambda a: a.astype(np.int64) + 1, "holds a scale that is not above zero"),
-        (SMOOTH, lambda a: a.reshape(-1), "has shape [32], expected [2, 16]"),
-        (
-            SMOOTH,
-            lambda a: a.astype(np.float16),
-            "has dtype float16; known are float32, float64, int64",
-        ),
-    ],
-)
-def test_constants_wrong(made: Made, name: str, change: Any, problem: str) -> None:
-    edit_constant(made, f"layers.1.{name}", change)
-    what = f"'layers.1.{name}' {problem}"
-    expect(made, "constants-wrong", what, CONSTANTS_FIX, "constants.safetensors")
-
-
-def test_constant_of_no_layer(made: Made) -> None:
-    path = made.folder / "constants.safetensors"
-    arrays = load_arrays(path.read_bytes())
-    path.write_bytes(save_arrays(arrays | {"layers.3.x": np.ones(1)}, metadata={"format": "kvant"}))
-    reseal(made.folder)
-    what = "'layers.3.x' is no constant of one of the 3 layers"
-    expect(made, "constants-wrong", what, CONSTANTS_FIX, "constants.safetensors")
-
-
-def test_constants_unreadable(made: Made) -> None:
-    (made.folder / "constants.safetensors").write_bytes(b"garbage")
-    reseal(made.folder)
-    found = refusal(made)
-    assert (found.code, found.fix) == ("constants-unreadable", CONSTANTS_FIX)
-    assert found.what.startswith("not a safetensors file: ")
-
-
-PLAN_FIX = "compile the artifact again with one version of kvant"
-
-
-@pytest.mark.parametrize(
-    ("change", "what"),
-    [
-        (lambda f: f.pop("plans"), "it must hold layers and plans, nothing else"),
-        (lambda f: f.update(x=1), "it must hold layers and plans, nothing else"),
-        (lambda f: f.update(layers=[]), "it has 0 layers"),
-        (lambda f: f["layers"][1].update(index=0), "the entry of layer 1 is not well formed"),
-        (lambda f: f["layers"][1].update(plan="p7"), "the entry of layer 1 is not well formed"),
-        (lambda f: f["layers"][1].update(x=0), "the entry of layer 1 is not well formed"),
-        (lambda f: f["layers"][1].update(graph=-1), "the entry of layer 1 is not well formed"),
-        (lambda f: f["layers"][1].update(plan="p0"), "no layer uses p1"),
-        (
-            lambda f: f["plans"].update({"../p": f["plans"]["p0"]}),
-            "'../p' is not a plan key such as p0",
-        ),
-    ],
-)
-def test_plan_wrong(made: Made, change: Callable[[Any], object], what: str) -> None:
-    edit_json(made.folder / "plan.json", change)
-    reseal(made.folder)
-    expect(made, "plan-wrong", what, PLAN_FIX, "plan.json")
-
-
-def test_plan_with_an_unknown_format(made: Made) -> None:
-    edit_json(made.folder / "plan.json", lambda f: f["plans"]["p0"]["k"]["tokens"].update(sink=-1))
-    reseal(made.folder)
-    refusal(made)
-
-
-@pytest.mark.parametrize(
-    ("change", "what"),
-    [
-        (lambda e: e[0].pop("ops"), "an edit has no parameter or no list of ops"),
-        (lambda e: e.append(e[0]), "'model.layers.0.self_attn.k_proj.weight' is edited twice"),
-        (
-            lambda e: e[0]["ops"][0].update(op="exec"),
-            "'model.layers.0.self_attn.k_proj.weight' has an unknown operation",
-        ),
-        (
-            lambda e: e[0]["ops"][0].update(constant=None),
-            "scale_rows of 'model.layers.0.self_attn.k_proj.weight' names no constant",
-        ),
-        (
-            lambda e: e[1]["ops"][0].update(constant="layers.0.x"),
-            "hadamard_rows of 'model.layers.0.self_attn.v_proj.weight' takes no constant",
-        ),
-        (
-            lambda e: e[0]["ops"][0].update(heads=0),
-            "scale_rows of 'model.layers.0.self_attn.k_proj.weight' has options that make no sense",
-        ),
-        (
-            lambda e: e[0]["ops"][0].update(repeat="1"),
-            "scale_rows of 'model.layers.0.self_attn.k_proj.weight' has options that make no sense",
-        ),
-        (
-            lambda e: e[0]["ops"][0].update(inverse=1),
-            "scale_rows of 'model.layers.0.self_attn.k_proj.weight' has options that make no sense",
-        ),
-        (
-            lambda e: e[0]["ops"][0].update(rows=[3, 2]),
-            "scale_rows of 'model.layers.0.self_attn.k_proj.weight' has options that make no sense",
-        ),
-        (
-            lambda e: e[0]["ops"][0].update(rows=[0]),
-            "scale_rows of 'model.layers.0.self_attn.k_proj.weight' has options that make no sense",
-        ),
-        (
-            lambda e: e[0]["ops"][0].update(rows=[0, True]),
-            "scale_rows of 'model.layers.0.self_attn.k_proj.weight' has options that make no sense",
-        ),
-        (
-            lambda e: e[0]["ops"][0].update(colour=1),
-            "scale_rows of 'model.layers.0.self_attn.k_proj.weight' has options that make no sense",
-        ),
-    ],
-)
-def test_weight_edits_wrong(made: Made, change: Callable[[Any], object], what: str) -> None:
-    edit_json(made.folder / "weight_edits.json", change)
-    reseal(made.folder)
-    expect(made, "weight-edits-wrong", what, CONSTANTS_FIX, "weight_edits.json")
-
-
-def test_weight_edit_with_a_missing_constant(made: Made) -> None:
-    path = made.folder / "weight_edits.json"
-    edit_json(path, lambda e: e[0]["ops"][0].update(constant="layers.0.none"))
-    reseal(made.folder)
-    what = "'layers.0.none' is missing"
-    expect(made, "constants-wrong", what, CONSTANTS_FIX, "constants.safetensors")
 
 
 def test_refusals_show_only_the_path_that_was_given(

@@ -34,6 +34,7 @@ ENCODINGS = {
     "int2-channel-block": KIVI,
     "int3-channel-96": Tokens(Int(3, "channel", 96, zero="int"), recent=3),
     "int8-channel": Tokens(Int(8, "channel", 64, zero="none", params="f32"), sink=2, recent=40),
+    "int4-token-bf16": Tokens(Int(4, "token", 32), sink=4, recent=9, raw=Raw("bf16")),
     "int4-many-sinks": Tokens(Int(4, "token", 32), sink=100),
     "bfp8": Tokens(Bfp(8, 32)),
     "bfp4-sink-recent": Tokens(Bfp(4, 16), sink=3, recent=10),
@@ -112,7 +113,8 @@ def test_without_reserve_stored_is_what_the_encoding_simulates() -> None:
         k, v = values(plan, 150)
         for old, new in itertools.pairwise((0, 1, 33, 97, 98, 150)):
             oracle.append(k[:, :, old:new], v[:, :, old:new])
-            want = np.concatenate([tokens.simulate(k[0, :, :old]), k[0, :, old:new]], axis=1)
+            as_raw = tokens.raw.roundtrip(k[0])
+            want = np.concatenate([tokens.simulate(as_raw[:, :old]), as_raw[:, old:new]], axis=1)
             assert np.array_equal(oracle.k[0].stored(), want), (name, old)
 
 
@@ -393,7 +395,8 @@ def test_overflow_in_the_maps_is_refused_before_anything_changes() -> None:
     plan = AttentionPlan(4, 1.0, None, None, (Hadamard(D),), maps, plan.v, ())
     cache = make_cache(plan)
     k, v = values(plan, 5)
-    refused("non-finite", lambda: cache.append(0, np.full_like(k, 3e38), v))
+    error = refused("non-finite", lambda: cache.append(0, np.full_like(k, 3e38), v))
+    assert error.what == "k is NaN or infinite in f32 after its maps, row 0"
     assert cache.length == 0
 
 

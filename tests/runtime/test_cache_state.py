@@ -188,6 +188,20 @@ def sealed(good: bytes, edit: Callable[[Any], object]) -> bytes:
     return body + hashlib.sha256(body).digest()
 
 
+def test_what_is_damaged_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "state"
+    filled(Source()).save(path)
+    good = path.read_bytes()
+    body = bytearray(good[:-32])
+    body[-1000] ^= 1  # in the last page, under a digest that fits
+    path.write_bytes(bytes(body) + hashlib.sha256(body).digest())
+    error = refused("state-damaged", lambda: restore(Source(), path))
+    assert error.what == "page 3 of a v stream is damaged"
+    path.write_bytes(good[:-100])
+    error = refused("state-damaged", lambda: restore(Source(), path))
+    assert error.what == f"{len(good) - 100} bytes long, but its header describes {len(good)}"
+
+
 @pytest.mark.parametrize(
     "edit",
     [

@@ -1,5 +1,6 @@
 """The adapter on tiny random models, with the real cache and the reference kernels."""
 
+import copy
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -685,3 +686,13 @@ def test_refuses_to_change_the_number_of_rows() -> None:
     logits(model, prompt(), cache)
     for call in (lambda: cache.batch_repeat_interleave(2), lambda: cache.batch_select_indices([0])):
         assert refusal(call).what == "the number of rows of a packed cache cannot change"
+
+
+def test_refuses_a_deep_copy() -> None:
+    model = tiny()
+    _, cache = attach(model, artifact_of(model))
+    error = refusal(copy.deepcopy, cache)
+    assert (error.code, error.what) == (
+        "unsupported-copy",
+        "a packed cache cannot be copied with copy.deepcopy",
+    )

@@ -1,0 +1,59 @@
+"""The emitted source: a person reads the difference, and no compiler is needed to make it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kvant.targets.cpu import emit
+from kvant.targets.cpu_regions import row_stride, split_tokens
+from kvant.targets.cpu_scores import blocks
+
+from .cpu_cases import HEADLINE, INTEGER, KIVI, PLANS
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "cpu"
+CASES = {
+    "int4-token-int.attend": INTEGER,
+    "int4-token.encode_v": HEADLINE,
+    "kivi-2bit.attend": KIVI,
+    "maps.append_k": PLANS["maps"],
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_golden(case: str) -> None:
+    """KVANT_UPDATE_GOLDEN=1 renews the files; the diff is for a person."""
+    name = case.split(".")[1]
+    source = next(k for k in emit(CASES[case]).kernels if k.name == name).source()
+    path = GOLDEN / f"{case}.tvmscript"
+    if os.environ.get("KVANT_UPDATE_GOLDEN"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(source)
+    assert source == path.read_text()
+
+
+def test_emitting_imports_no_compiler() -> None:
+    code = (
+        "import sys\n"
+        "from kvant.targets import TARGETS\n"
+        "print(sorted({'tvm', 'torch', 'tvm_ffi'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("count", range(1, 40))
+@pytest.mark.parametrize("most", [4, 8])
+def test_blocks_cover_all_rows_once(count: int, most: int) -> None:
+    rows = [row for first, size in blocks(count, most) for row in range(first, first + size)]
+    assert rows == list(range(count))
+    assert max(size for _, size in blocks(count, most)) <= most
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_splits_are_whole_pages_and_fit_the_scratch(plan: object) -> None:
+    assert split_tokens(plan) % plan.k.page_tokens == 0  # type: ignore[attr-defined,arg-type]
+    most = split_tokens(plan) + plan.k.tokens.sink  # type: ignore[attr-defined,arg-type]
+    assert row_stride(plan) >= most + 15  # type: ignore[arg-type]
