@@ -280,7 +280,7 @@ def _noise_floor(
         kl(log_softmax(packed[at : at + len(logits)]), log_softmax(logits))
         for at, logits in forward(model, partial(_emptied, cache), short, ids)
     ]
-    return float(np.concatenate(parts).mean())
+    return max(0.0, float(np.concatenate(parts).mean()))
 
 
 def _summary(

@@ -290,7 +290,7 @@ class KvantCache(TransformersCache):  # type: ignore[misc]
             "unsupported-copy",
             "a packed cache cannot be copied with copy.deepcopy",
             where="past_key_values",
-            fix="run the shared prefix once for each cache; attach(model, artifact) gives more caches",
+            fix="run the prefix once for each cache; attach(model, artifact) gives more of them",
         )
 
     def attend(

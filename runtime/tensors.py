@@ -7,7 +7,6 @@ it can be looked up in `sys.modules` when the result must be a torch tensor agai
 import operator
 import sys
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, SupportsIndex
 
 import numpy as np
@@ -35,17 +34,12 @@ _F32 = np.dtype(np.float32)
 _NUMPY_F32 = Kind("numpy", "float32")
 
 
-@lru_cache(maxsize=64)
-def _is_torch_class(cls: type) -> bool:
-    """Return whether a class is torch.Tensor or derived from it."""
-    return any(
-        base.__name__ == "Tensor" and base.__module__.split(".")[0] == "torch"
-        for base in cls.__mro__
-    )
-
-
 def _is_torch(value: object) -> bool:
-    return _is_torch_class(type(value))
+    """Return whether the value is a torch.Tensor or of a class derived from it."""
+    return any(
+        cls.__name__ == "Tensor" and cls.__module__.split(".")[0] == "torch"
+        for cls in type(value).__mro__
+    )
 
 
 def _wrong_type(name: str, value: object, expected: str) -> KvantError:

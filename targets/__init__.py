@@ -1,7 +1,7 @@
 """Targets: from a plan to kernels. TARGETS is the table; one file a target."""
 
 from ..ir.errors import KvantError
-from .cpu import CPU
+from .cpu import CPU, this_isa
 from .reference import REFERENCE
 from .target import Build, Stage, Target
 
@@ -9,21 +9,18 @@ __all__ = ["TARGETS", "Build", "Stage", "Target", "resolve"]
 
 TARGETS: dict[str, Target] = {target.name: target for target in (REFERENCE, CPU)}
 
-# What a user may write besides the names of the table.
-_ALSO = {"cpu": CPU.name}
-
 
 def resolve(name: str) -> Target:
     """Return the target that a user means: "reference", "cpu" (this machine), "cpu:x86-64-v3".
 
-    Raises: KvantError "unknown-target".
+    Raises: KvantError "unknown-target", "machine-does-not-fit".
     """
-    target = TARGETS.get(_ALSO.get(name, name))
+    target = TARGETS.get(f"cpu:{this_isa()}" if name == "cpu" else name)
     if target is None:
         raise KvantError(
             "unknown-target",
             f"no target {name!r}",
             where="targets",
-            fix=f"use one of: {', '.join(sorted([*TARGETS, *_ALSO]))}",
+            fix=f"use one of: {', '.join(sorted([*TARGETS, 'cpu']))}",
         )
     return target

@@ -130,6 +130,23 @@ def available() -> str | None:
     return None
 
 
+def this_isa(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """Return the ISA level that this machine runs, by the flags of its processor.
+
+    Raises: KvantError "machine-does-not-fit" if it lacks AVX2 or another feature of the lowest one.
+    """
+    found = re.search(r"^flags\s*:(.*)$", cpuinfo.read_text() if cpuinfo.exists() else "", re.M)
+    lacking = sorted(set(FEATURES[ISA]) - set(found[1].split() if found else ()))
+    if lacking:
+        raise KvantError(
+            "machine-does-not-fit",
+            f"this machine lacks {', '.join(lacking)}; the kernels need {ISA}",
+            where="target cpu",
+            fix=f"name the machine to build for: cpu:{ISA}; or use the target 'reference'",
+        )
+    return ISA
+
+
 def _signature(kernel: Kernel) -> list[str]:
     return [f"{name}:{dtype}" for name, dtype in kernel.buffers] + kernel.scalars
 

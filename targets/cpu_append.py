@@ -7,9 +7,12 @@ stored.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from math import gcd
+
 from ..ir.plan import StreamPlan
 from .cpu_maps import constant_arguments, write_maps
-from .cpu_text import Kernel, bits_as, number
+from .cpu_text import Kernel, at, bits_as, cast, splat
 
 
 def append(stream: StreamPlan) -> Kernel:
@@ -38,6 +41,7 @@ def append(stream: StreamPlan) -> Kernel:
             kernel.let("h", f"T.truncmod(bh, T.int64({heads}))")
             kernel.scratch("y", stream.channels, "float64")
             kernel.scratch("z", stream.channels, "float64")
+            kernel.scratch("largest", 8, "int32")
             if not store:
                 kernel.line("bad[bh] = T.int64(0)")
             guard = "T.Select(flag[0] > 0, T.int64(0), count[b])" if store else "count[b]"
@@ -53,42 +57,67 @@ def _write_flag(kernel: Kernel, heads: int) -> None:
 
 
 def _write_token(kernel: Kernel, stream: StreamPlan, *, store: bool) -> None:
+    """Check or store token t of head bh."""
     role, width, sink = stream.role, stream.channels, stream.tokens.sink
-    with kernel.block(f"for c in T.serial({width})"):
-        kernel.line(f'y[c] = T.Cast("float64", x[(bh * tokens + first[b] + t) * {width} + c])')
-    y = write_maps(kernel, stream.maps, width, "h")
-    stored = rounded(f'T.Cast("float32", {y}[c])', stream.tokens.raw.dtype)
+    lanes = gcd(8, width)
+    kernel.let("source", f"(bh * tokens + first[b] + t) * {width}")
+    value = at("x", f"source + j * {lanes}", lanes)
+    if stream.maps:
+        with kernel.block(f"for j in T.serial({width // lanes})"):
+            kernel.line(f"{at('y', f'j * {lanes}', lanes)} = {cast('float64', value, lanes)}")
+        y = write_maps(kernel, stream.maps, width, "h")
+        value = cast("float32", at(y, f"j * {lanes}", lanes), lanes)
+    kept = rounded(value, stream.tokens.raw.dtype, lanes)
     if not store:
-        with kernel.block(f"for c in T.serial({width})"):
-            kernel.let("value", stored)
-            # False for NaN too.
-            finite = f"T.abs(value) <= {number(3.4028234663852886e38)}"
-            first = "T.Select(bad[bh] == T.int64(0), t + 1, bad[bh])"
-            kernel.line(f"bad[bh] = T.Select({finite}, bad[bh], {first})")
+        _write_check(kernel, dict.fromkeys((value, kept)), width, lanes)
         return
     kernel.let("position", f"{role}_length[b] + t")
-    slot = f"(bh * {role}_capacity + position - {role}_tail_first[b]) * {width} + c"
+    kernel.let("slot", f"bh * {role}_capacity + position - {role}_tail_first[b]")
+
+    def copy(buffer: str, base: str) -> None:
+        with kernel.block(f"for j in T.serial({width // lanes})"):
+            kernel.line(f"{at(buffer, f'{base} + j * {lanes}', lanes)} = {kept}")
+
     if not sink:
-        with kernel.block(f"for c in T.serial({width})"):
-            kernel.line(f"{role}_tail[{slot}] = {stored}")
+        copy(f"{role}_tail", f"slot * {width}")
         return
-    with kernel.block(f"if position < {sink}"), kernel.block(f"for c in T.serial({width})"):
-        kernel.line(f"{role}_sink[(bh * {sink} + position) * {width} + c] = {stored}")
-    with kernel.block("else"), kernel.block(f"for c in T.serial({width})"):
-        kernel.line(f"{role}_tail[{slot}] = {stored}")
+    with kernel.block(f"if position < {sink}"):
+        copy(f"{role}_sink", f"(bh * {sink} + position) * {width}")
+    with kernel.block("else"):
+        copy(f"{role}_tail", f"slot * {width}")
 
 
-def rounded(value: str, dtype: str) -> str:
-    """Return an f32 scalar rounded to f16 or bf16, to nearest even, as f32."""
+def _write_check(kernel: Kernel, values: Iterable[str], width: int, lanes: int) -> None:
+    """Set bad[bh] if a value of the token is not finite: its bits without the sign are Inf or more.
+
+    Values are looked at before and after rounding, which may make Inf, or lose a NaN.
+    """
+    kernel.line(f"{at('largest', '0', lanes)} = {splat('T.int32(0)', lanes)}")
+    with kernel.block(f"for j in T.serial({width // lanes})"):
+        mask = splat("T.int32(0x7FFFFFFF)", lanes)
+        largest = at("largest", "0", lanes)
+        for value in values:
+            bits = f"T.bitwise_and({bits_as('int32', value, lanes)}, {mask})"
+            kernel.line(f"{largest} = T.max({largest}, {bits})")
+    for i in range(1, lanes):
+        kernel.line(f"largest[0] = T.max(largest[0], largest[{i}])")
+    with kernel.block("if largest[0] >= T.int32(0x7F800000)"):
+        kernel.line("bad[bh] = T.Select(bad[bh] == T.int64(0), t + 1, bad[bh])")
+
+
+def rounded(value: str, dtype: str, lanes: int) -> str:
+    """Return f32 rounded to f16 or bf16, to nearest even, as f32."""
     if dtype == "f16":
-        return f'T.Cast("float32", T.Cast("float16", {value}))'
+        return cast("float32", cast("float16", value, lanes), lanes)
     if dtype == "bf16":
-        return bits_as("float32", f"T.shift_left({bf16_bits(value)}, T.uint32(16))", 1)
+        bits = f"T.shift_left({bf16_bits(value, lanes)}, {splat('T.uint32(16)', lanes)})"
+        return bits_as("float32", bits, lanes)
     return value
 
 
-def bf16_bits(value: str) -> str:
-    """Return the bfloat16 bits of an f32 scalar, as u32; NaN is not looked after."""
-    bits = bits_as("uint32", value, 1)
-    odd = f"T.bitwise_and(T.shift_right({bits}, T.uint32(16)), T.uint32(1))"
-    return f"T.shift_right({bits} + T.uint32(32767) + {odd}, T.uint32(16))"
+def bf16_bits(value: str, lanes: int) -> str:
+    """Return the bfloat16 bits of f32, as u32. A NaN may wrap around: look for it before."""
+    bits = bits_as("uint32", value, lanes)
+    low, one, half = (splat(f"T.uint32({n})", lanes) for n in (16, 1, 32767))
+    odd = f"T.bitwise_and(T.shift_right({bits}, {low}), {one})"
+    return f"T.shift_right({bits} + {half} + {odd}, {low})"

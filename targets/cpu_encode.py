@@ -6,12 +6,14 @@ the scale is rounded to its stored type first and codes are made from what was s
 
 from __future__ import annotations
 
+from math import gcd
+
 from ..ir.encodings import Bfp, Int, Raw
 from ..ir.layouts import code_bits
 from ..ir.plan import StreamPlan
 from .cpu_append import bf16_bits
 from .cpu_codes import PageReader, as_f32
-from .cpu_text import Kernel, bits_as, number, rint
+from .cpu_text import Kernel, at, bits_as, cast, number, pure, rint, splat
 
 F64 = "float64"
 LARGEST = number(3.4028234663852886e38)
@@ -37,7 +39,8 @@ def encode(stream: StreamPlan) -> Kernel:
         kernel.let("b", f"T.truncdiv(bh, T.int64({heads}))")
         kernel.let("h", f"T.truncmod(bh, T.int64({heads}))")
         kernel.scratch("codes", group * width, "uint8")
-        kernel.scratch("limits", 2)
+        kernel.scratch("limits", 16)
+        kernel.scratch("sizes", 8)
         kernel.line("bad[bh] = T.int64(0)")
         with kernel.block(f"for i in T.serial(T.truncdiv(end[b] - begin[b], T.int64({group})))"):
             kernel.let("place", f"begin[b] + i * {group} - {sink}")
@@ -63,150 +66,168 @@ def _write_group(kernel: Kernel, stream: StreamPlan, reader: PageReader) -> None
     _write_planes(kernel, reader, stream.tokens.group_tokens)
 
 
-def _value(stream_role: str, offset: str) -> str:
-    return f"{stream_role}_tail[source + {offset}]"
+def _tail(reader: PageReader, offset: str, lanes: int) -> str:
+    """Return values of the group at `source`, f32."""
+    return at(f"{reader.role}_tail", f"source + {offset}", lanes)
 
 
 def _write_raw(kernel: Kernel, reader: PageReader, fmt: Raw) -> None:
-    with kernel.block(f"for c in T.serial({reader.layout.channels})"):
-        kernel.let("value", _value(reader.role, "c"))
-        _write_stored(kernel, reader, "values", "t", "c", 'T.Cast("float64", value)', fmt.dtype)
+    lanes = gcd(8, reader.layout.channels)
+    with kernel.block(f"for j in T.serial({reader.layout.channels // lanes})"):
+        value = cast(F64, _tail(reader, f"j * {lanes}", lanes), lanes)
+        _write_stored(kernel, reader, "values", ("t", f"j * {lanes}"), value, fmt.dtype, lanes)
 
 
 def _write_stored(
-    kernel: Kernel, reader: PageReader, name: str, row: str, column: str, value: str, dtype: str
+    kernel: Kernel,
+    reader: PageReader,
+    name: str,
+    place: tuple[str, str],
+    value: str,
+    dtype: str,
+    lanes: int,
 ) -> str:
-    """Round an f64 value to its stored type, store it, flag overflow; return its f32 text."""
+    """Round f64 to its stored type, store it at (row, column), flag overflow; return it as f32."""
     field = next(field for field in reader.layout.fields if field.name == name)
-    target = (
-        f"{reader.role}_{field.dtype}[{reader.role}_{name} + ({row}) * {field.shape[1]} + {column}]"
-    )
+    index = f"{reader.role}_{name} + ({place[0]}) * {field.shape[1]} + {place[1]}"
     kernel.let(f"exact_{name}", value)
-    single = f'T.Cast("float32", exact_{name})'
-    if dtype == "f32":
-        stored = single
-    elif dtype == "bf16":
-        stored = f'T.Cast("uint16", {bf16_bits(single)})'
-    else:
-        stored = f'T.Cast("float16", {_round_to_odd(kernel, f"exact_{name}")})'
-    kernel.let(f"stored_{name}", stored)
-    kernel.line(f"{target} = stored_{name}")
-    kernel.let(f"single_{name}", as_f32(f"stored_{name}", dtype, 1))
-    finite = f"T.abs(single_{name}) <= {LARGEST}"
-    kernel.line(f"bad[bh] = T.Select({finite}, bad[bh], T.int64(1))")
+    kernel.let(f"stored_{name}", _to_stored(f"exact_{name}", dtype, lanes))
+    kernel.line(f"{at(f'{reader.role}_{field.dtype}', index, lanes)} = stored_{name}")
+    kernel.let(f"single_{name}", as_f32(f"stored_{name}", dtype, lanes))
+    size = pure("llvm.fabs", "float32", lanes, f"single_{name}")
+    kernel.line(f"{at('sizes', '0', lanes)} = {size}")
+    with kernel.block(f"for i in T.unroll({lanes})"):
+        kernel.line(f"bad[bh] = T.Select(sizes[i] <= {LARGEST}, bad[bh], T.int64(1))")
     return f"single_{name}"
 
 
-def _round_to_odd(kernel: Kernel, value: str) -> str:
+def _to_stored(value: str, dtype: str, lanes: int) -> str:
+    """Return f64 rounded once to f32 or f16; to bf16 by way of f32, as ir/arrays does."""
+    if dtype == "f16":
+        return cast("float16", _round_to_odd(value, lanes), lanes)
+    single = cast("float32", value, lanes)
+    return single if dtype == "f32" else cast("uint16", bf16_bits(single, lanes), lanes)
+
+
+def _round_to_odd(value: str, lanes: int) -> str:
     """Return an f64 as f32 such that f16 of that is rounded once: cut, and mark what was cut."""
-    bits = bits_as("int64", value, 1)
-    low = f"T.bitwise_and({bits}, T.int64({(1 << 29) - 1}))"
-    mark = f"T.Select({low} != T.int64(0), T.int64({1 << 29}), T.int64(0))"
-    cut = f"T.bitwise_and({bits}, T.int64({-(1 << 29)}))"
-    return f'T.Cast("float32", {bits_as(F64, f"T.bitwise_or({cut}, {mark})", 1)})'
+    bits = bits_as("int64", value, lanes)
+    low, cut, none = (splat(f"T.int64({n})", lanes) for n in ((1 << 29) - 1, -(1 << 29), 0))
+    marked = splat(f"T.int64({1 << 29})", lanes)
+    mark = f"T.Select(T.bitwise_and({bits}, {low}) != {none}, {marked}, {none})"
+    odd = f"T.bitwise_or(T.bitwise_and({bits}, {cut}), {mark})"
+    return cast("float32", bits_as(F64, odd, lanes), lanes)
 
 
-def _write_limits(kernel: Kernel, reader: PageReader, count: int, offset: str) -> None:
-    """Write the least and the largest of `count` values at `offset`, a text in i."""
-    first = _value(reader.role, offset.replace("@", "0"))
-    kernel.line(f"limits[0] = {first}")
-    kernel.line(f"limits[1] = {first}")
+def _write_limits(kernel: Kernel, reader: PageReader, count: int, offset: str, lanes: int) -> None:
+    """Write the least and largest of `count` vectors, by lanes; `offset` is a text in e."""
+    low, high = at("limits", "0", lanes), at("limits", "8", lanes)
+    first = _tail(reader, offset.replace("@", "0"), lanes)
+    kernel.line(f"{low} = {first}")
+    kernel.line(f"{high} = {first}")
     with kernel.block(f"for e in T.serial({count})"):
-        value = _value(reader.role, offset.replace("@", "e"))
-        kernel.line(f"limits[0] = T.min(limits[0], {value})")
-        kernel.line(f"limits[1] = T.max(limits[1], {value})")
+        kernel.let("value", _tail(reader, offset.replace("@", "e"), lanes))
+        kernel.line(f"{low} = T.min({low}, value)")
+        kernel.line(f"{high} = T.max({high}, value)")
+
+
+def _fold_limits(kernel: Kernel, lanes: int) -> None:
+    """Reduce the limits to those of all lanes."""
+    for i in range(1, lanes):
+        kernel.line(f"limits[0] = T.min(limits[0], limits[{i}])")
+        kernel.line(f"limits[8] = T.max(limits[8], limits[{8 + i}])")
 
 
 def _write_int(kernel: Kernel, stream: StreamPlan, reader: PageReader, fmt: Int) -> None:
-    """Write scale, zero and codes of each group of the token, or token group, at t."""
+    """Write scale, zero and codes of each group of the token, or token group, at t.
+
+    Scales of tokens are made one by one, scales of channels eight at once; codes eight at once.
+    """
     width = stream.channels
     if fmt.axis == "token":
-        count, head, offset = (
-            fmt.group,
-            f"for g in T.serial({width // fmt.group})",
-            f"g * {fmt.group} + @",
-        )
-        row = "t"
+        lanes = gcd(8, fmt.group)
+        head, place = f"for g in T.serial({width // fmt.group})", ("t", "g")
+        count, offset, many = fmt.group // lanes, f"g * {fmt.group} + @ * {lanes}", 1
     else:
-        count, head, offset = fmt.group, f"for g in T.serial({width})", f"@ * {width} + g"
+        lanes = many = gcd(8, width)
         row = f"T.truncdiv(t, T.int64({fmt.group}))"
+        head, place = f"for g in T.serial({width // lanes})", (row, f"g * {lanes}")
+        count, offset = fmt.group, f"@ * {width} + g * {lanes}"
     with kernel.block(head):
-        _write_limits(kernel, reader, count, offset)
-        clip = number(fmt.clip, 1, F64)
-        kernel.let("low0", f'T.Cast("float64", limits[0]) * {clip}')
-        kernel.let("high0", f'T.Cast("float64", limits[1]) * {clip}')
-        zero64 = number(0.0, 1, F64)
-        if fmt.zero == "int":
-            kernel.let("low", f"T.min(low0, {zero64})")
-            kernel.let("high", f"T.max(high0, {zero64})")
-        else:
-            kernel.let("low", "low0")
-            kernel.let("high", "high0")
-        negative = number(-1.0, 1, F64)
-        span = f"T.max(low * {negative}, high)" if fmt.zero == "none" else "(high - low)"
-        kernel.let("wanted", f"{span} / {number(float(fmt.steps), 1, F64)}")
-        alive = _alive(kernel, fmt)
-        single = _write_stored(kernel, reader, "scale", row, "g", alive, fmt.params)
-        kernel.let("scale", f'T.Cast("float64", {single})')
-        _write_zero(kernel, reader, fmt, row)
+        _write_limits(kernel, reader, count, offset, lanes)
+        if many == 1:
+            _fold_limits(kernel, lanes)
+        _write_range(kernel, fmt, many)
+        kept = as_f32(_to_stored("wanted", fmt.params, many), fmt.params, many)
+        one, none = number(1.0, many, F64), number(0.0, many)
+        alive = f"T.Select({kept} == {none}, {one}, wanted)"
+        single = _write_stored(kernel, reader, "scale", place, alive, fmt.params, many)
+        kernel.let("scale", cast(F64, single, many))
+        _write_zero(kernel, reader, fmt, place, many)
         with kernel.block(f"for e in T.serial({count})"):
-            kernel.let(
-                "value", f'T.Cast("float64", {_value(reader.role, offset.replace("@", "e"))})'
-            )
-            kernel.line(f"codes[{offset.replace('@', 'e')}] = {_code(fmt)}")
+            kernel.let("value", cast(F64, _tail(reader, offset.replace("@", "e"), lanes), lanes))
+            target = at("codes", offset.replace("@", "e"), lanes)
+            kernel.line(f"{target} = {_code(fmt, lanes, many)}")
 
 
-def _alive(kernel: Kernel, fmt: Int) -> str:
-    """Return the wanted scale, or 1 where it would be stored as zero."""
-    if fmt.params == "f16":
-        kept = f'T.Cast("float32", T.Cast("float16", {_round_to_odd(kernel, "wanted")}))'
-    else:
-        single = 'T.Cast("float32", wanted)'
-        kept = (
-            single
-            if fmt.params == "f32"
-            else as_f32(f'T.Cast("uint16", {bf16_bits(single)})', "bf16", 1)
-        )
-    kernel.let("kept", kept)
-    return f"T.Select(kept == {number(0.0)}, {number(1.0, 1, F64)}, wanted)"
+def _write_range(kernel: Kernel, fmt: Int, lanes: int) -> None:
+    """Bind `low`, the least value, and `wanted`, the scale before it is rounded."""
+    for name, place in (("low", "0"), ("high", "8")):
+        clipped = f"{cast(F64, at('limits', place, lanes), lanes)} * {number(fmt.clip, lanes, F64)}"
+        if fmt.zero == "int":
+            least_or_most = "T.min" if name == "low" else "T.max"
+            clipped = f"{least_or_most}({clipped}, {number(0.0, lanes, F64)})"
+        kernel.let(name, clipped)
+    span = "(high - low)"
+    if fmt.zero == "none":
+        span = f"T.max(low * {number(-1.0, lanes, F64)}, high)"
+    kernel.let("wanted", f"{span} / {number(float(fmt.steps), lanes, F64)}")
 
 
-def _write_zero(kernel: Kernel, reader: PageReader, fmt: Int, row: str) -> None:
+def _write_zero(
+    kernel: Kernel, reader: PageReader, fmt: Int, place: tuple[str, str], lanes: int
+) -> None:
     """Store the zero point and bind it as `zero`, f64."""
     if fmt.zero == "none":
         return
     wanted = "low"
     if fmt.zero == "int":
-        places = rint(f"low * {number(-1.0, 1, F64)} / scale", 1, F64)
-        wanted = _clipped(places, 0.0, float(fmt.steps))
-    single = _write_stored(kernel, reader, "zero", row, "g", wanted, fmt.params)
-    kernel.let("zero", f'T.Cast("float64", {single})')
+        places = rint(f"low * {number(-1.0, lanes, F64)} / scale", lanes, F64)
+        wanted = _clipped(places, 0.0, float(fmt.steps), lanes)
+    single = _write_stored(kernel, reader, "zero", place, wanted, fmt.params, lanes)
+    kernel.let("zero", cast(F64, single, lanes))
 
 
-def _code(fmt: Int) -> str:
-    most = float(2**fmt.bits - 1)
+def _code(fmt: Int, lanes: int, many: int) -> str:
+    """Return codes of the f64 vector `value`; scale and zero have `many` lanes, one or all."""
+    scale, zero = (
+        ("scale", "zero") if many == lanes else (splat("scale", lanes), splat("zero", lanes))
+    )
     if fmt.zero == "float":
-        code = rint("(value - zero) / scale", 1, F64)
+        code = rint(f"(value - {zero}) / {scale}", lanes, F64)
     elif fmt.zero == "int":
-        code = f"({rint('value / scale', 1, F64)} + zero)"
+        code = f"({rint(f'value / {scale}', lanes, F64)} + {zero})"
     else:
         limit = float(fmt.steps)
-        inside = _clipped(rint("value / scale", 1, F64), -limit, limit)
-        code = f"({inside} + {number(2.0 ** (fmt.bits - 1), 1, F64)})"
-    return f'T.Cast("uint8", T.Cast("int32", {_clipped(code, 0.0, most)}))'
+        inside = _clipped(rint(f"value / {scale}", lanes, F64), -limit, limit, lanes)
+        code = f"({inside} + {number(2.0 ** (fmt.bits - 1), lanes, F64)})"
+    most = float(2**fmt.bits - 1)
+    return cast("uint8", cast("int32", _clipped(code, 0.0, most, lanes), lanes), lanes)
 
 
-def _clipped(value: str, low: float, high: float) -> str:
-    return f"T.min(T.max({value}, {number(low, 1, F64)}), {number(high, 1, F64)})"
+def _clipped(value: str, low: float, high: float, lanes: int) -> str:
+    return f"T.min(T.max({value}, {number(low, lanes, F64)}), {number(high, lanes, F64)})"
 
 
 def _write_bfp(kernel: Kernel, stream: StreamPlan, reader: PageReader, fmt: Bfp) -> None:
     """Write exponent and codes of each block of the token at t."""
-    width, p = stream.channels, fmt.mantissa
+    width, p, lanes = stream.channels, fmt.mantissa, gcd(8, fmt.block)
     field = next(field for field in reader.layout.fields if field.name == "exponent")
     with kernel.block(f"for g in T.serial({width // fmt.block})"):
-        _write_limits(kernel, reader, fmt.block, f"g * {fmt.block} + @")
-        kernel.let("largest", f"T.max(limits[0] * {number(-1.0)}, limits[1])")
+        offset = f"g * {fmt.block} + @ * {lanes}"
+        _write_limits(kernel, reader, fmt.block // lanes, offset, lanes)
+        _fold_limits(kernel, lanes)
+        kernel.let("largest", f"T.max(limits[0] * {number(-1.0)}, limits[8])")
         # The exponent field of an f32 is floor(log2) + 127, and 0 below the normal numbers.
         byte = f"T.shift_right({bits_as('int32', 'largest', 1)}, T.int32(23))"
         kernel.let("byte", f"T.bitwise_and({byte}, T.int32(255))")
@@ -214,13 +235,17 @@ def _write_bfp(kernel: Kernel, stream: StreamPlan, reader: PageReader, fmt: Bfp)
         kernel.line(f'{target} = T.Cast("uint8", byte)')
         power = f'T.Cast("int64", T.int32({1023 + p - 2 + 127}) - byte)'
         kernel.let("factor", bits_as(F64, f"T.shift_left({power}, T.int64(52))", 1))
-        with kernel.block(f"for e in T.serial({fmt.block})"):
-            value = f'T.Cast("float64", {_value(reader.role, f"g * {fmt.block} + e")})'
+        # A block without an exponent holds zeros.
+        kernel.let("times", f"T.Select(byte == T.int32(0), {number(0.0, 1, F64)}, factor)")
+        with kernel.block(f"for e in T.serial({fmt.block // lanes})"):
+            value = cast(F64, _tail(reader, offset.replace("@", "e"), lanes), lanes)
             limit = float(2 ** (p - 1) - 1)
-            kernel.let("m", _clipped(rint(f"{value} * factor", 1, F64), -limit, limit))
-            kernel.let("kept", f"T.Select(byte == T.int32(0), {number(0.0, 1, F64)}, m)")
-            code = f'T.Cast("int32", kept + {number(2.0 ** (p - 1), 1, F64)})'
-            kernel.line(f'codes[g * {fmt.block} + e] = T.Cast("uint8", {code})')
+            m = _clipped(
+                rint(f"{value} * {splat('times', lanes)}", lanes, F64), -limit, limit, lanes
+            )
+            code = cast("int32", f"({m} + {number(2.0 ** (p - 1), lanes, F64)})", lanes)
+            target = at("codes", offset.replace("@", "e"), lanes)
+            kernel.line(f"{target} = {cast('uint8', code, lanes)}")
 
 
 def _write_planes(kernel: Kernel, reader: PageReader, tokens: int) -> None:

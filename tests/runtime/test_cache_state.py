@@ -31,7 +31,7 @@ PLAN = AttentionPlan(
     window=None,
     q_maps=(),
     k=StreamPlan("k", 2, 32, (), Tokens(Int(4, "channel", 32), sink=4), 64),
-    v=StreamPlan("v", 2, 16, (), Tokens(Bfp(8, 16), recent=20), 64),
+    v=StreamPlan("v", 2, 16, (), Tokens(Bfp(8, 16), sink=2, recent=20), 64),
     out_maps=(),
 )
 
@@ -220,12 +220,12 @@ def test_what_is_damaged_is_named(tmp_path: Path) -> None:
         lambda h: h["layers"][0].update(columns=[]),
         lambda h: h["layers"][0].update(columns=[[0, [0, 0]]]),
         lambda h: h["layers"][0]["columns"][-1][1].__setitem__(0, 1 << 40),
-        lambda h: h["layers"][0]["columns"][-1][1].__setitem__(0, 149),
+        lambda h: h["layers"][0]["columns"][-1][1].__setitem__(0, 151),
         lambda h: h["layers"][0]["columns"][-1].__setitem__(0, 401),
         lambda h: h["layers"][0]["encoded"][0].__setitem__(0, 5),
         lambda h: h["layers"][0]["encoded"][0].__setitem__(0, 3),
         lambda h: h["layers"][0]["encoded"][0].__setitem__(0, 164),
-        lambda h: h["layers"][0]["encoded"][0].__setitem__(0, 68),
+        lambda h: h["layers"][0]["encoded"][1].__setitem__(0, 1),
         lambda h: h["layers"][0]["encoded"].pop(),
         lambda h: h["layers"][0].update(encoded=None),
     ],
@@ -236,7 +236,11 @@ def test_headers_that_lie_are_refused(tmp_path: Path, edit: Callable[[Any], obje
     good = path.read_bytes()
     assert sealed(good, lambda h: None) == good
     path.write_bytes(sealed(good, edit))
-    refused("state-damaged", lambda: restore(Source(), path))
+    error = refused("state-damaged", lambda: restore(Source(), path))
+    assert error.what.startswith("the header makes no sense")  # found before the file's size is
+    path.write_bytes(sealed(good, lambda h: h["layers"][0]["encoded"][0].__setitem__(0, 68)))
+    error = refused("state-damaged", lambda: restore(Source(), path))
+    assert "but its header describes" in error.what
 
 
 def test_foreign_states_are_refused(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from kvant.ir.errors import KvantError
 from kvant.runtime.cache import Cache
 from kvant.runtime.launch_cpu import load_library
 from kvant.targets import TARGETS, Build, resolve
-from kvant.targets.cpu import DOES, compile_cpu
+from kvant.targets.cpu import DOES, compile_cpu, this_isa
 
 from .cpu_cases import HEADLINE, KIVI, PLANS, constants_of, files_of, kernels_of, mapped, plan_of
 
@@ -146,6 +146,20 @@ def test_targets_by_name() -> None:
     with pytest.raises(KvantError) as caught:
         compile_cpu(KIVI, "z80")
     assert caught.value.code == "unknown-isa"
+
+
+def test_a_machine_without_avx2_is_refused(tmp_path: Path) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text("flags : fpu avx bmi1 bmi2 f16c fma movbe ssse3\n")
+    with pytest.raises(KvantError) as caught:
+        this_isa(cpuinfo)
+    assert str(caught.value) == (
+        "this machine lacks avx2; the kernels need x86-64-v3\n  where: target cpu\n"
+        "  fix: name the machine to build for: cpu:x86-64-v3; or use the target 'reference'"
+        "  [machine-does-not-fit]"
+    )
+    with pytest.raises(KvantError):
+        this_isa(tmp_path / "nothing")
 
 
 def test_a_format_without_layout_is_not_supported() -> None:
