@@ -4,7 +4,8 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from .bind import ModelSource
+from ..ir.errors import KvantError
+from .bind import ModelSource, need
 
 if TYPE_CHECKING:
     from ..runtime.artifact import Artifact
@@ -28,26 +29,35 @@ def generate(
 
     Raises: KvantError if the artifact does not belong to the model.
     """
-    import torch
-
+    torch = need("torch", "transformers")
     from ..runtime.huggingface import attach, detach
 
-    model, cache = attach(source.load("float32"), artifact)
     tokenizer = source.tokenizer()
     inputs = tokenizer(prompt, return_tensors="pt")
-    begin = time.perf_counter()
-    with torch.inference_mode():
-        output = model.generate(
-            **inputs,
-            past_key_values=cache,
-            max_new_tokens=tokens,
-            do_sample=False,
-            streamer=None if on_text is None else _streamer(tokenizer, on_text),
-            pad_token_id=tokenizer.eos_token_id,
+    if inputs["input_ids"].numel() == 0:
+        raise KvantError(
+            "empty-prompt",
+            "the prompt has no tokens",
+            where="the prompt",
+            fix="give some text to continue",
         )
-    seconds = time.perf_counter() - begin
+    model, cache = attach(source.load("float32"), artifact)
+    begin = time.perf_counter()
+    try:
+        with torch.inference_mode():
+            output = model.generate(
+                **inputs,
+                past_key_values=cache,
+                max_new_tokens=tokens,
+                do_sample=False,
+                streamer=None if on_text is None else _streamer(tokenizer, on_text),
+                pad_token_id=tokenizer.eos_token_id,
+            )
+        seconds = time.perf_counter() - begin
+    finally:
+        detach(model)
     new = output[0, inputs["input_ids"].shape[1] :]
-    result = {
+    return {
         "text": tokenizer.decode(new, skip_special_tokens=True),
         "tokens": int(new.numel()),
         "seconds": seconds,
@@ -55,8 +65,6 @@ def generate(
         "cache_bytes": cache.bytes(),
         "context": int(output.shape[1]),
     }
-    detach(model)
-    return result
 
 
 def _streamer(tokenizer: Any, on_text: Callable[[str], None]) -> Any:

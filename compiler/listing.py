@@ -1,6 +1,7 @@
 """What `kvant show recipes | targets | passes | env` lists."""
 
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,10 @@ Listing = tuple[str, tuple[str, ...], list[tuple[Any, ...]]]
 
 def _recipes() -> Listing:
     loaded = [recipes.load(name)[0] for name in recipes.names()]
-    rows: list[tuple[Any, ...]] = [(r.name, r.summary, r.source) for r in loaded]
+    rows: list[tuple[Any, ...]] = [
+        (r.name + (" (default)" if r.name == recipes.DEFAULT else ""), r.summary, r.source)
+        for r in loaded
+    ]
     return "recipes", ("name", "summary", "source"), rows
 
 
@@ -22,25 +26,25 @@ def _targets() -> Listing:
     rows: list[tuple[Any, ...]] = [
         (name, target.summary, target.available() or "yes") for name, target in TARGETS.items()
     ]
-    return "targets", ("name", "what it is", "can build here"), rows
+    return "targets", ("name", "summary", "builds here"), rows
 
 
 def _passes() -> Listing:
     rows: list[tuple[Any, ...]] = []
     for name, definition in PASSES.items():
         options = [
-            str(p)
+            re.sub(r"kvant\.[\w.]*\.", "", str(p))
             for p in inspect.signature(definition.run).parameters.values()
             if p.kind is inspect.Parameter.KEYWORD_ONLY
         ]
         first = (inspect.getdoc(definition.run) or "").splitlines()[:1]
         rows.append((name, "exact" if definition.exact else "lossy", ", ".join(options), *first))
-    return "passes", ("name", "promise", "options", "what it does"), rows
+    return "passes", ("name", "promise", "options", "does"), rows
 
 
 def _environment() -> Listing:
     rows: list[tuple[Any, ...]] = [(v.name, v.default, v.get(), v.does) for v in VARIABLES]
-    return "debug variables", ("name", "default", "now", "what it does"), rows
+    return "debug variables", ("name", "default", "now", "does"), rows
 
 
 LISTINGS: dict[str, Callable[[], Listing]] = {

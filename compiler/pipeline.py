@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..ir.errors import KvantError
 from ..ir.graph import Graph
 from ..ir.text import print_graph
 from ..ir.verify import verify
 from ..passes import PASSES
-from .debug import DUMP_IR, TRACE
+from .debug import TRACE, write_dump
 
 Step = tuple[str, Mapping[str, Any]]
 
@@ -39,43 +38,26 @@ def run(graph: Graph, steps: Sequence[Step], dump: Path | None = None) -> tuple[
     Args:
         graph: a verified graph.
         steps: (pass name, options) in order.
-        dump: folder for the graph before and after every pass; KVANT_DUMP_IR if not given.
+        dump: folder for the graph before and after every pass.
 
     Raises: KvantError from a pass or from the verifier, with the pass named.
     """
     verify(graph, after="capture")
-    folder = dump or (Path(DUMP_IR.get()) if DUMP_IR.get() else None)
-    _dump(folder, graph, 0, "input")
+    _dump(dump, graph, 0, "input")
     traces = []
     for index, (name, options) in enumerate(steps, 1):
         begin = time.perf_counter()
-        after = _apply(name, graph, options)
+        after = PASSES[name].run(graph, **options)
         verify(after, after=name)
         trace = Trace(name, options, graph, after, time.perf_counter() - begin)
         if TRACE.get() == "1":
             print(f"kvant: pass {name}: {trace.seconds * 1e3:.1f} ms", file=sys.stderr)  # noqa: T201
-        _dump(folder, after, index, name)
+        _dump(dump, after, index, name)
         traces.append(trace)
         graph = after
     return tuple(traces)
 
 
-def _apply(name: str, graph: Graph, options: Mapping[str, Any]) -> Graph:
-    try:
-        return PASSES[name].run(graph, **options)
-    except TypeError as error:
-        if "unexpected keyword" not in str(error):
-            raise
-        raise KvantError(
-            "unknown-key",
-            f"pass {name} does not take these options: {', '.join(sorted(options))}",
-            where=f"rewrite with pass = {name!r}",
-            fix="`kvant show passes` lists every pass with its options",
-        ) from None
-
-
 def _dump(folder: Path | None, graph: Graph, index: int, name: str) -> None:
-    if folder is None:
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{graph.name}-{index:02d}-{name}.kir").write_text(print_graph(graph))
+    if folder is not None:
+        write_dump(folder / f"{index:02d}-{name}.kir", print_graph(graph).encode())

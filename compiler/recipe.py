@@ -5,18 +5,28 @@ differ. Shapes are not known here; `Stream.tokens(channels)` binds a stream to a
 """
 
 import difflib
+import inspect
+import json
 import tomllib
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
 from ..ir.encodings import Bfp, Format, Int, Raw, Tokens
 from ..ir.errors import KvantError
 from ..passes import PASSES
+from .extras import need
+
+try:
+    from pydantic import BaseModel, ConfigDict, Field, ValidationError
+except ModuleNotFoundError:
+    need("pydantic")
+    raise
 
 DEFAULT = "kivi-4bit"
+# Every recipe ends with these two: [k] and [v] are what `store` is given.
+_NOT_IN_RECIPES = {"store", "dead-code"}
 
 
 class _Table(BaseModel):
@@ -92,12 +102,13 @@ class Rule(_Table):
 
 
 class Recipe(_Table):
-    """A method, as data."""
+    """A method, as data. `window` says what becomes of layers that have a sliding window."""
 
-    name: str
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)
     summary: str = ""
     source: str = ""
     compute: Literal["int", "float"] = "float"
+    window: Literal["keep", "quantize"] = "keep"
     rewrite: tuple[Rewrite, ...] = ()
     k: Stream
     v: Stream
@@ -129,9 +140,8 @@ def load(recipe: str | Path | Recipe) -> tuple[Recipe, str]:
     Raises: KvantError for an unknown name, unreadable TOML, an unknown key or pass.
     """
     if isinstance(recipe, Recipe):
-        import tomli_w
-
-        return recipe, tomli_w.dumps(recipe.model_dump(by_alias=True, exclude_none=True))
+        tomli_w = need("tomli_w")
+        return recipe, str(tomli_w.dumps(recipe.model_dump(by_alias=True, exclude_none=True)))
     text, where = _read(recipe)
     try:
         data = tomllib.loads(text)
@@ -145,21 +155,52 @@ def load(recipe: str | Path | Recipe) -> tuple[Recipe, str]:
 def parse(data: dict[str, Any], where: str) -> Recipe:
     """Return the record of a recipe given as a dictionary."""
     try:
-        recipe = Recipe.model_validate(data)
+        # From JSON, because strict mode then takes lists for tuples, and still no "4" for 4.
+        recipe = Recipe.model_validate_json(json.dumps(data, default=str), strict=True)
     except ValidationError as error:
         raise _refusal(error, where) from None
     for index, rewrite in enumerate(recipe.rewrite, 1):
-        if rewrite.name not in PASSES:
-            raise KvantError(
-                "unknown-pass",
-                f"there is no pass {rewrite.name!r}",
-                where=f"{where}: rewrite {index}",
-                fix=f"use one of: {', '.join(sorted(PASSES))}",
-            )
+        _check_rewrite(rewrite, f"{where}: rewrite {index}")
     return recipe
 
 
+def _check_rewrite(rewrite: Rewrite, where: str) -> None:
+    """Refuse a pass or an option that does not exist. Values are checked by the pass itself."""
+    known = sorted(PASSES.keys() - _NOT_IN_RECIPES)
+    if rewrite.name not in known:
+        raise KvantError(
+            "unknown-pass",
+            f"there is no pass {rewrite.name!r}",
+            where=where,
+            fix=_nearest(rewrite.name, known, "passes"),
+        )
+    signature = inspect.signature(PASSES[rewrite.name].run).parameters.values()
+    options = [p.name for p in signature if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    for key in rewrite.options:
+        if key not in options:
+            raise KvantError(
+                "unknown-key",
+                f"unknown key {key!r}",
+                where=f"{where}, pass {rewrite.name}",
+                fix=_nearest(key, ["pass", *options], "keys"),
+            )
+
+
+def _nearest(word: str, known: Sequence[str], kind: str) -> str:
+    """Return "did you mean a or b? known kind: a, b, c", without the question if nothing is near."""
+    near = difflib.get_close_matches(word, known, n=2)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    return f"{hint}known {kind}: {', '.join(known)}"
+
+
 def _read(recipe: str | Path) -> tuple[str, str]:
+    if not isinstance(recipe, str | Path):
+        raise KvantError(
+            "unknown-recipe",
+            f"{type(recipe).__name__} is not a recipe",
+            where="the recipe argument",
+            fix="give the name of a recipe, the path of a .toml file, or a Recipe",
+        )
     path = Path(recipe)
     if path.suffix == ".toml":
         try:
@@ -191,18 +232,16 @@ def _refusal(error: ValidationError, where: str) -> KvantError:
     place = ".".join(str(p) for p in problem["loc"] if p not in tags)
     if problem["type"] == "extra_forbidden":
         key = str(problem["loc"][-1])
-        known = _keys(problem["loc"])
-        near = difflib.get_close_matches(key, known, n=2)
-        hint = f"did you mean {' or '.join(near)}? " if near else ""
         return KvantError(
             "unknown-key",
             f"unknown key {key!r}",
             where=f"{where}: {place}",
-            fix=f"{hint}known keys: {', '.join(known)}",
+            fix=_nearest(key, _keys(problem["loc"]), "keys"),
         )
+    given = "" if problem["type"] == "missing" else f", got {problem.get('input')!r}"
     return KvantError(
         "recipe-value",
-        f"{place}: {problem['msg'][0].lower()}{problem['msg'][1:]}, got {problem.get('input')!r}",
+        f"{place}: {problem['msg'][0].lower()}{problem['msg'][1:]}{given}",
         where=where,
         fix="see `kvant show recipes` for working examples",
     )
@@ -225,22 +264,16 @@ def matching_layers(selector: str, layers: int, where: str) -> frozenset[int]:
     """
     chosen: set[int] = set()
     for part in selector.split(","):
-        first, dash, last = (
-            part.strip().partition("-")
-            if part.strip()[:1] != "-"
-            else (
-                part.strip(),
-                "",
-                "",
-            )
-        )
+        text = part.strip()
+        # A leading minus counts from the end; it never begins a range.
+        first, dash, last = (text, "", "") if text.startswith("-") else text.partition("-")
         try:
             low = int(first)
             high = int(last) if dash else low
         except ValueError:
             raise KvantError(
                 "layer-selector",
-                f"{part.strip()!r} is not a layer or a range of layers",
+                f"{text!r} is not a layer or a range of layers",
                 where=where,
                 fix='write layers like "0-3, 7, -1" (negative counts from the end)',
             ) from None

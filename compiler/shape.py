@@ -1,6 +1,7 @@
 """A model that is only a shape: kernels for an attention layer without any weights."""
 
 import hashlib
+import math
 from dataclasses import asdict, dataclass
 from typing import Literal
 
@@ -44,7 +45,8 @@ class Shape:
 
     def __post_init__(self) -> None:
         sizes = (self.heads, self.kv_heads, self.head_dim, self.layers, self.values)
-        if min(sizes) < 1 or self.heads % self.kv_heads:
+        whole = all(type(size) is int for size in sizes)
+        if not whole or min(sizes) < 1 or self.heads % self.kv_heads:
             raise KvantError(
                 "shape",
                 f"{self.heads} query heads cannot share {self.kv_heads} key heads of "
@@ -52,6 +54,12 @@ class Shape:
                 where="Shape",
                 fix="give positive numbers, with heads a multiple of kv_heads",
             )
+        _refuse_option("dtype", self.dtype, self.dtype in ("bf16", "f16", "f32"), "bf16, f16 or f32")
+        for name, value in (("scale", self.scale), ("softcap", self.softcap)):
+            fits = value is None or 0 < value < math.inf
+            _refuse_option(name, value, fits, "a positive number, or None")
+        fits = self.window is None or (type(self.window) is int and self.window > 0)
+        _refuse_option("window", self.window, fits, "a positive number of tokens, or None")
         if self.sinks:
             raise KvantError(
                 "unsupported-sinks",
@@ -69,6 +77,13 @@ class Shape:
     def logit_scale(self) -> float:
         """Factor of the logits."""
         return self.head_dim**-0.5 if self.scale is None else self.scale
+
+
+def _refuse_option(name: str, value: object, fits: bool, use: str) -> None:
+    if not fits:
+        raise KvantError(
+            "shape", f"{name} is {value!r}", where=f"Shape({name}=...)", fix=f"use {use}"
+        )
 
 
 def parse_shape(text: str) -> Shape:

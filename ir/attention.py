@@ -53,19 +53,21 @@ def attend(
     # Multiplying by a zero probability would keep a NaN, so what is not valid is replaced.
     k_valid = np.where(valid[:, None, :, None], k, 0.0).astype(np.float64)
     v_valid = np.where(valid[:, None, :, None], v, 0.0).astype(np.float64)
-    grouped = np.asarray(q, dtype=np.float64).reshape(batch, heads, -1, queries, q.shape[-1])
-    scores = scale * (grouped @ k_valid[:, :, None].swapaxes(-1, -2))
+    # The query heads of a group are rows of one matrix product.
+    rows = np.asarray(q, dtype=np.float64).reshape(batch, heads, -1, q.shape[-1])
+    scores = scale * (rows @ k_valid.swapaxes(-1, -2))
     if softcap is not None:
         scores = softcap * np.tanh(scores / softcap)
     seen = visible(lengths, queries, keys, causal=causal, window=window)
-    scores = np.where(seen[:, None, None], scores, -np.inf)
+    seen = np.tile(seen, (1, q_heads // heads, 1))
+    scores = np.where(seen[:, None], scores, -np.inf)
     top = scores.max(axis=-1, keepdims=True, initial=-np.inf)
     # A row without keys has top = -inf; -inf - (-inf) would be NaN.
     weights = np.exp(scores - np.where(np.isneginf(top), 0.0, top))
     total = weights.sum(axis=-1, keepdims=True)
     with np.errstate(divide="ignore"):
         lse = np.where(total > 0.0, top + np.log(total), -np.inf)
-    out = (weights / np.where(total > 0.0, total, 1.0)) @ v_valid[:, :, None]
+    out = (weights / np.where(total > 0.0, total, 1.0)) @ v_valid
     shape = (batch, q_heads, queries)
     return out.reshape(*shape, v.shape[-1]), lse.reshape(shape)
 

@@ -1,0 +1,155 @@
+"""What must hold on a real model: SmolLM2-135M from its weights to quantized text.
+
+The quick ones run in `make test`; the ones marked long score more tokens.
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import kvant
+from kvant.compiler.bind import ModelSource, find_packaged_smollm2, open_model
+from kvant.compiler.quality import Quality, evaluate
+from kvant.compiler.texts import demo_text
+from kvant.runtime import load
+from kvant.runtime.huggingface import attach, detach
+
+pytestmark = pytest.mark.model
+
+FOLDS = """
+name = "folds"
+[[rewrite]]
+pass = "hadamard-v"
+[[rewrite]]
+pass = "smooth-k"
+[[rewrite]]
+pass = "sort-k"
+key = "rms"
+[k]
+sink = 1
+format = "f32"
+[v]
+format = "f32"
+"""  # lossless; the sink makes it a change of storage, which a recipe must make
+
+
+@pytest.fixture(scope="session")
+def source() -> ModelSource:
+    return open_model(find_packaged_smollm2())
+
+
+@pytest.fixture(scope="session")
+def compiled(source: ModelSource, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Compile a recipe for the CPU, once a session."""
+    made: dict[str, Any] = {}
+    folder = tmp_path_factory.mktemp("smollm2")
+
+    def get(recipe: str) -> Any:
+        if recipe not in made:
+            out = folder / f"{Path(recipe).stem}.kvant"
+            made[recipe] = kvant.compile(source, recipe, ["cpu"], out=out)
+        return made[recipe]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def quality(source: ModelSource, compiled: Any) -> Any:
+    """Evaluate a recipe on 1,024 + 512 tokens, once a session."""
+    made: dict[str, Quality] = {}
+
+    def get(recipe: str) -> dict[str, Any]:
+        if recipe not in made:
+            made[recipe] = evaluate(compiled(recipe), source, demo_text(), tokens=512)
+        return made[recipe].to_json()
+
+    return get
+
+
+def logits_in_two_steps(model: Any, ids: Any, cache: Any) -> np.ndarray:
+    import torch
+
+    with torch.inference_mode():
+        model(ids[:, :96], past_key_values=cache)
+        return np.asarray(model(ids[:, 96:], past_key_values=cache).logits.double())
+
+
+def test_folds_alone_do_not_move_the_logits(
+    source: ModelSource, compiled: Any, tmp_path: Path
+) -> None:
+    import torch
+    from transformers import DynamicCache
+
+    recipe = tmp_path / "folds.toml"
+    recipe.write_text(FOLDS)
+    artifact = compiled(str(recipe))
+    assert len(artifact.weight_edits) == 30 * 4  # q, k, v, o of every layer
+    model = source.load("float32")
+    ids = torch.tensor([source.tokenizer()(demo_text()[:2000])["input_ids"][:160]])
+    plain = logits_in_two_steps(model, ids, DynamicCache(config=model.config))
+    model, cache = attach(model, artifact)
+    moved = logits_in_two_steps(model, ids, cache)
+    detach(model)
+    relative = np.abs(moved - plain).max() / np.abs(plain).max()
+    assert 0 < relative < 1e-5, relative
+    back = logits_in_two_steps(model, ids, DynamicCache(config=model.config))
+    np.testing.assert_array_equal(back, plain)
+
+
+def test_compile_is_quick_and_small(source: ModelSource, tmp_path: Path) -> None:
+    begin = time.process_time()
+    artifact = kvant.compile(source, "kivi-4bit", ["cpu"], out=tmp_path / "a.kvant")
+    assert time.process_time() - begin < 60
+    size = sum(f.stat().st_size for f in artifact.path.rglob("*") if f.is_file())
+    assert size < 5e6
+    again = kvant.compile(source, "kivi-4bit", ["cpu"], out=tmp_path / "b.kvant")
+    assert again.id == artifact.id
+
+
+def test_kivi_4bit(quality: Any) -> None:
+    q = quality("kivi-4bit")
+    assert abs(q["perplexity"] / q["perplexity_full"] - 1) < 0.02, q
+    assert q["packed_share"] > 0.85
+    assert q["kl_mean_low"] <= q["kl_mean"] <= q["kl_mean_high"]
+
+
+@pytest.mark.long
+def test_int8_token(quality: Any) -> None:
+    assert quality("int8-token")["kl_mean"] < 0.003
+
+
+@pytest.mark.long
+def test_kivi_2bit_is_clearly_better_than_2_bits_per_token(
+    source: ModelSource, quality: Any, tmp_path: Path
+) -> None:
+    two = tmp_path / "two.toml"
+    stream = 'format = "int"\nbits = 2\naxis = "token"\ngroup = 32\nrecent = 128\n'
+    two.write_text(f'name = "two"\n[k]\n{stream}\n[v]\n{stream}')
+    kivi, plain = quality("kivi-2bit"), quality(str(two))
+    assert kivi["bits_per_element"] <= plain["bits_per_element"] * 1.001
+    assert kivi["kl_mean_high"] < 0.5 * plain["kl_mean_low"], (kivi, plain)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("recipe", ["ksort-bfp", "quarot-kv4", "qserve-kv4", "int4-token"])
+def test_every_other_recipe_is_usable(quality: Any, recipe: str) -> None:
+    q = quality(recipe)
+    assert q["kl_mean"] < 0.2, q
+    assert q["bits_per_element"] < 8, q
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("recipe", ["kivi-4bit", "kivi-2bit", "int4-token"])
+def test_kernels_cost_no_quality_beyond_the_encoding(
+    source: ModelSource, compiled: Any, recipe: str
+) -> None:
+    """KL(full || packed kernels) is within 10 % of KL(full || reference) over 4,096 tokens."""
+    artifact = compiled(recipe)
+    reference = load(artifact.path, target="reference", id=artifact.id)
+    text = demo_text()
+    ours = evaluate(artifact, source, text, tokens=4096).to_json()
+    theirs = evaluate(reference, source, text, tokens=4096).to_json()
+    assert abs(ours["kl_mean"] / theirs["kl_mean"] - 1) < 0.10, (ours, theirs)
