@@ -23,7 +23,9 @@ class Variable:
 DUMP_IR = Variable(
     "KVANT_DUMP_IR", "", "folder for the graph after every pass: 00-input.kir, 01-<pass>.kir, ..."
 )
-DUMP_KERNELS = Variable("KVANT_DUMP_KERNELS", "", "folder for what each stage of a target makes: <target>/<plan>/...")
+DUMP_KERNELS = Variable(
+    "KVANT_DUMP_KERNELS", "", "folder for what each stage of a target makes: <target>/<plan>/..."
+)
 TRACE = Variable("KVANT_TRACE", "0", "1 prints the seconds of every pass and stage to stderr")
 NUM_THREADS = Variable(
     "KVANT_NUM_THREADS", "", "threads of CPU kernels; the cores this process may use if empty"

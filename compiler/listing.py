@@ -15,11 +15,8 @@ Listing = tuple[str, tuple[str, ...], list[tuple[Any, ...]]]
 
 def _recipes() -> Listing:
     loaded = [recipes.load(name)[0] for name in recipes.names()]
-    rows: list[tuple[Any, ...]] = [
-        (r.name + (" (default)" if r.name == recipes.DEFAULT else ""), r.summary, r.source)
-        for r in loaded
-    ]
-    return "recipes", ("name", "summary", "source"), rows
+    rows: list[tuple[Any, ...]] = [(r.name, r.summary, r.source) for r in loaded]
+    return f"recipes (default: {recipes.DEFAULT})", ("name", "summary", "source"), rows
 
 
 def _targets() -> Listing:

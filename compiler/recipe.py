@@ -187,7 +187,7 @@ def _check_rewrite(rewrite: Rewrite, where: str) -> None:
 
 
 def _nearest(word: str, known: Sequence[str], kind: str) -> str:
-    """Return "did you mean a or b? known kind: a, b, c", without the question if nothing is near."""
+    """Return "did you mean a or b? known kind: a, b, c"; the question only if something is near."""
     near = difflib.get_close_matches(word, known, n=2)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     return f"{hint}known {kind}: {', '.join(known)}"

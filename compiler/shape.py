@@ -54,7 +54,9 @@ class Shape:
                 where="Shape",
                 fix="give positive numbers, with heads a multiple of kv_heads",
             )
-        _refuse_option("dtype", self.dtype, self.dtype in ("bf16", "f16", "f32"), "bf16, f16 or f32")
+        _refuse_option(
+            "dtype", self.dtype, self.dtype in ("bf16", "f16", "f32"), "bf16, f16 or f32"
+        )
         for name, value in (("scale", self.scale), ("softcap", self.softcap)):
             fits = value is None or 0 < value < math.inf
             _refuse_option(name, value, fits, "a positive number, or None")
