@@ -8,7 +8,7 @@ from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from . import recipe as recipes
 from .bind import ModelSource, open_model
 from .capture import Layer, Model, capture
 from .debug import DUMP_IR, DUMP_KERNELS, TRACE, write_dump
-from .pipeline import Trace, run
+from .pipeline import Trace, run, within
 from .self_check import self_check
 from .shape import Shape, shape_model
 
@@ -240,21 +240,36 @@ def rewrite(model: Model, recipe: recipes.Recipe, dump: Path | None = None) -> t
     for index, ((structure, k, v), layers) in enumerate(groups.items()):
         graph = model.graphs[structure]
         plan = plan_from_graph(graph)
-        store = {
-            "k": recipes.tokens(k, plan.k.channels, f"{where}: k"),
-            "v": recipes.tokens(v, plan.v.channels, f"{where}: v"),
+        store: dict[str, Any] = {
             "window": recipe.window,
             "context": model.facts.get("max_tokens"),
         }
+        for stream, plain in ((k, plan.k), (v, plan.v)):
+            place = f"{where}: {plain.role}"
+            with within(place):
+                store[plain.role] = recipes.tokens(stream, plain.channels, place)
         steps = [(item.name, item.options) for item in recipe.rewrite]
         folder = dump / f"graph{index}" if dump is not None and len(groups) > 1 else dump
-        traces = run(graph, [*steps, ("store", store), ("dead-code", {})], folder)
-        after = traces[-1].after
-        variants.append(
-            Variant(after, plan_from_graph(after, recipe.compute), traces, tuple(layers))
-        )
+        with within(where):
+            traces = run(graph, [*steps, ("store", store), ("dead-code", {})], folder)
+            after = traces[-1].after
+            plan = _plan(after, recipe.compute)
+        variants.append(Variant(after, plan, traces, tuple(layers)))
     _refuse_idle(variants, where)
+    if recipe.compute not in [variant.plan.compute for variant in variants]:
+        with within(where):
+            plan_from_graph(variants[0].graph, recipe.compute)
     return tuple(variants)
+
+
+def _plan(graph: Graph, compute: Literal["float", "int"]) -> AttentionPlan:
+    """Return the plan; layers whose keys have no integer products (those kept) compute in float."""
+    try:
+        return plan_from_graph(graph, compute)
+    except KvantError as error:
+        if error.code != "integer-compute":
+            raise
+    return plan_from_graph(graph)
 
 
 def _refuse_idle(variants: list[Variant], where: str) -> None:

@@ -2,11 +2,13 @@
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..ir.errors import KvantError
 from ..ir.graph import Graph
 from ..ir.text import print_graph
 from ..ir.verify import verify
@@ -47,7 +49,8 @@ def run(graph: Graph, steps: Sequence[Step], dump: Path | None = None) -> tuple[
     traces = []
     for index, (name, options) in enumerate(steps, 1):
         begin = time.perf_counter()
-        after = PASSES[name].run(graph, **options)
+        with within(f"pass {name}"):
+            after = PASSES[name].run(graph, **options)
         verify(after, after=name)
         trace = Trace(name, options, graph, after, time.perf_counter() - begin)
         if TRACE.get() == "1":
@@ -56,6 +59,18 @@ def run(graph: Graph, steps: Sequence[Step], dump: Path | None = None) -> tuple[
         traces.append(trace)
         graph = after
     return tuple(traces)
+
+
+@contextmanager
+def within(place: str) -> Iterator[None]:
+    """Say in every refusal of the block that it happened in `place`, if it does not say so yet."""
+    try:
+        yield
+    except KvantError as error:
+        if place in error.where:
+            raise
+        where = f"{place}: {error.where}"
+        raise KvantError(error.code, error.what, where=where, fix=error.fix) from error
 
 
 def _dump(folder: Path | None, graph: Graph, index: int, name: str) -> None:

@@ -53,7 +53,8 @@ def _plot(x_label: str, y_label: str, points: np.ndarray) -> str:
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    with matplotlib.rc_context({"svg.hashsalt": "kvant"}):  # else ids differ from run to run
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
     pyplot.close(figure)
     text: Any = buffer.getvalue()
     return str(text[text.index("<svg") :])
