@@ -26,7 +26,7 @@ from .weights import (
     unreadable,
 )
 
-__all__ = ["ModelSource", "find_packaged_smollm2", "need", "open_model"]
+__all__ = ["ModelSource", "attention_modules", "find_packaged_smollm2", "need", "open_model"]
 
 _LOCAL = {"local_files_only": True, "trust_remote_code": False}
 
@@ -216,7 +216,6 @@ def _open_module(module: Any) -> ModelSource:
             fix="give a transformers model, such as AutoModelForCausalLM.from_pretrained(...)",
         )
     need("torch", "transformers")
-    from .capture import attention_modules
 
     for prefix, attention in attention_modules(module):
         _check_projections(prefix, attention)
@@ -304,4 +303,17 @@ def _unsupported(why: str, where: str) -> KvantError:
         f"transformers cannot build this model as a causal language model: {why}",
         where=where,
         fix="give a decoder-only language model, or install the transformers release that knows it",
+    )
+
+
+def attention_modules(module: Any) -> tuple[tuple[str, Any], ...]:
+    """Return (parameter prefix, module) of each self-attention layer, in order.
+
+    An attention module of transformers says of itself which layer of the cache it uses and whether
+    it is causal; nothing else does both.
+    """
+    return tuple(
+        (f"{name}.", part)
+        for name, part in module.named_modules()
+        if isinstance(getattr(part, "layer_idx", None), int) and hasattr(part, "is_causal")
     )

@@ -22,7 +22,7 @@ from ..ir.errors import KvantError
 from ..ir.graph import Graph
 from ..ir.text import print_graph
 from ..ir.types import TensorType
-from .bind import ModelSource, need
+from .bind import ModelSource, attention_modules, need
 from .raise_fx import Site, raise_program
 
 HOOK = "kvant-capture"
@@ -125,19 +125,6 @@ def _facts(config: Any, graphs: tuple[Graph, ...], layers: int) -> dict[str, Any
         "max_tokens": getattr(text, "max_position_embeddings", None),
         "model_type": text.model_type,
     }
-
-
-def attention_modules(module: Any) -> tuple[tuple[str, Any], ...]:
-    """Return (parameter prefix, module) of each self-attention layer, in order.
-
-    An attention module of transformers says of itself which layer of the cache it uses and whether
-    it is causal; nothing else does both.
-    """
-    return tuple(
-        (f"{name}.", part)
-        for name, part in module.named_modules()
-        if isinstance(getattr(part, "layer_idx", None), int) and hasattr(part, "is_causal")
-    )
 
 
 def _signature(attention: Any) -> tuple[Any, ...]:

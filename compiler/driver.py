@@ -104,11 +104,7 @@ def compile(
     clock.stage("rewrite")
     dump = str(dump_ir or DUMP_IR.get())
     variants = rewrite(captured, chosen, dump=Path(dump) if dump else None)
-    if source is None:
-        _refuse_without_weights(variants)
-    stats = _calibrate(clock, source, variants, text)
-    clock.stage("constants")
-    constants = _constants(variants, source, stats)
+    constants = _constants(clock, variants, source, text)
     clock.stage("kernels")
     plans, binaries = _kernels(variants, resolved)
     clock.stage("write")
@@ -351,9 +347,13 @@ class _LayerWeights(Mapping[str, np.ndarray]):
 
 
 def _constants(
-    variants: tuple[Variant, ...], source: ModelSource | None, stats: Mapping[int, LayerStats]
+    clock: Clock, variants: tuple[Variant, ...], source: ModelSource | None, text: str | None
 ) -> dict[int, dict[str, np.ndarray]]:
     """Return what each pass computes from weights and statistics, per layer."""
+    if source is None:
+        _refuse_without_weights(variants)
+    stats = _calibrate(clock, source, variants, text)
+    clock.stage("constants")
     made: dict[int, dict[str, np.ndarray]] = {}
     for variant in variants:
         for layer in variant.layers:

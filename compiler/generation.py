@@ -27,20 +27,13 @@ def generate(
         tokens: new tokens at most.
         on_text: called with each piece of text as it appears.
 
-    Raises: KvantError if the artifact does not belong to the model.
+    Raises: KvantError if the artifact does not belong to the model, or "empty-prompt".
     """
     torch = need("torch", "transformers")
     from ..runtime.huggingface import attach, detach
 
     tokenizer = source.tokenizer()
-    inputs = tokenizer(prompt, return_tensors="pt")
-    if inputs["input_ids"].numel() == 0:
-        raise KvantError(
-            "empty-prompt",
-            "the prompt has no tokens",
-            where="the prompt",
-            fix="give some text to continue",
-        )
+    inputs = _tokens(tokenizer, prompt)
     model, cache = attach(source.load("float32"), artifact)
     begin = time.perf_counter()
     try:
@@ -67,6 +60,19 @@ def generate(
     }
 
 
+def _tokens(tokenizer: Any, prompt: str) -> Any:
+    """Return what `generate` takes for a prompt. Raises: KvantError ("empty-prompt")."""
+    inputs = tokenizer(prompt, return_tensors="pt")
+    if inputs["input_ids"].numel() == 0:
+        raise KvantError(
+            "empty-prompt",
+            "the prompt has no tokens",
+            where="the prompt",
+            fix="give some text to continue",
+        )
+    return inputs
+
+
 def _streamer(tokenizer: Any, on_text: Callable[[str], None]) -> Any:
     """Return what `generate` hands each finished piece of text to."""
     from transformers import TextStreamer
@@ -75,4 +81,4 @@ def _streamer(tokenizer: Any, on_text: Callable[[str], None]) -> Any:
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             on_text(text)
 
-    return Pieces(tokenizer, skip_prompt=True)
+    return Pieces(tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -89,7 +89,7 @@ def artifact_rows(facts: Mapping[str, Any]) -> dict[str, str]:
         "targets": ", ".join(facts["targets"]),
         "bits per element": f"{facts['bits_per_element']:.2f} at {facts['context']:,} tokens "
         "(bf16: 16)",
-        "cache bytes per token": f"{packed:,.0f} (bf16: {full:,}, {full / packed:.1f} times more)",
+        "cache bytes per token": f"{packed:,.0f} (bf16: {full:,}, {full / packed:.1f} times as much)",
         "tokens per GB of cache": f"{facts['tokens_per_gb']:,.0f} (bf16: {1e9 / full:,.0f})",
         "smaller than bf16": "never" if smaller is None else f"from {smaller:,} tokens on",
     }
@@ -111,7 +111,7 @@ def target_rows(facts: Mapping[str, Any]) -> Rows:
 def quality_rows(q: Mapping[str, Any]) -> dict[str, str]:
     """Return what to say of an evaluation, from the keys of `kvant eval`."""
     packed, full = q["cache_bytes_per_token"], q.get("cache_bytes_full")
-    times = f" (bf16: {full:,}, {full / packed:.1f} times more)" if full else ""
+    times = f" (bf16: {full:,}, {full / packed:.1f} times as much)" if full else ""
     return {
         "perplexity": f"{q['perplexity']:.3f} (unquantized: {q['perplexity_full']:.3f})",
         "KL(unquantized || quantized)": f"{q['kl_mean']:.4f} "

@@ -1,5 +1,7 @@
 """The meaning of attention over a cache, in float64. Every kernel is compared with this.
 
+How far a kernel may be from it: `ir/tolerance.py`.
+
     s[i, j] = cap(scale <q_i, k_j>),    cap(s) = softcap tanh(s / softcap), or s
     out_i   = sum_j softmax_j(s[i, j]) v_j        over the keys j that query i sees
     lse_i   = log sum_j exp(s[i, j])
@@ -10,6 +12,8 @@ j if 0 <= j < n, j <= p_i (causal) and j > p_i - window. A query before the row'
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 
@@ -27,6 +31,7 @@ def attend(
     causal: bool = True,
     softcap: float | None = None,
     window: int | None = None,
+    dtype: type[np.floating[Any]] = np.float64,
 ) -> tuple[Array, Array]:
     """Return attention's output and the log of the sum of exponentials.
 
@@ -40,8 +45,9 @@ def attend(
         causal: whether a query sees only keys up to its own position.
         softcap: bound of the scores, or None.
         window: keys that a query sees, itself included, or None for all.
+        dtype: of all arithmetic; float32 only to measure what rounding does.
 
-    Returns: out [B, Hq, Tq, Dv] and lse [B, Hq, Tq], float64. A query that sees no key gives zeros
+    Returns: out [B, Hq, Tq, Dv] and lse [B, Hq, Tq], of `dtype`. A query that sees no key gives zeros
         and -inf.
     Raises: KvantError("attend-shape") if the shapes or lengths do not fit.
     """
@@ -51,10 +57,10 @@ def attend(
     q_heads, queries = q.shape[1:3]
     valid = np.arange(keys) < lengths[:, None]
     # Multiplying by a zero probability would keep a NaN, so what is not valid is replaced.
-    k_valid = np.where(valid[:, None, :, None], k, 0.0).astype(np.float64)
-    v_valid = np.where(valid[:, None, :, None], v, 0.0).astype(np.float64)
+    k_valid = np.where(valid[:, None, :, None], k, 0.0).astype(dtype)
+    v_valid = np.where(valid[:, None, :, None], v, 0.0).astype(dtype)
     # The query heads of a group are rows of one matrix product.
-    rows = np.asarray(q, dtype=np.float64).reshape(batch, heads, -1, q.shape[-1])
+    rows = np.asarray(q, dtype=dtype).reshape(batch, heads, -1, q.shape[-1])
     scores = scale * (rows @ k_valid.swapaxes(-1, -2))
     if softcap is not None:
         scores = softcap * np.tanh(scores / softcap)
@@ -90,6 +96,8 @@ def round_queries(q: Array, bits: int) -> Array:
     """Return q as a plan with integer arithmetic reads it: rounded per (row, head, query).
 
         s = max|q| / (2^(bits - 1) - 1),    q^ = s round(q / s),    0 where q is all zero
+
+    In float64 and with these operations, so every target gets the same integers: none may differ.
 
     Args:
         q: [..., D], finite.

@@ -134,7 +134,8 @@ def hadamard_transform(x: Array) -> Array:
         low, high = pairs[..., 0, :], pairs[..., 1, :]
         y = np.stack((low + high, low - high), axis=-2).reshape(x.shape)
         half *= 2
-    return np.asarray(y / np.sqrt(channels))
+    # A product, as kernels have it: queries under compute = int round alike to the last bit.
+    return np.asarray(y * (1.0 / np.sqrt(channels)))
 
 
 def dual(m: Map) -> Map:

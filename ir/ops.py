@@ -264,12 +264,13 @@ def _merge_heads(run: Run, arrays: Arrays, a: Attrs) -> Array:
 
 
 def _cache_write(run: Run, arrays: Arrays, a: Attrs) -> Array:
-    """Append x to the state, in full precision; give what is read: history as stored, then x."""
+    """Append x to the state, in full precision; give what is read: history as stored, x as raw."""
     (x,) = arrays
     empty = np.zeros((*x.shape[:2], 0, x.shape[3]), x.dtype)
     history = run.state.get(a["role"], empty)
     run.state[a["role"]] = np.concatenate((history, x), axis=2)
-    return np.concatenate((a["store"].simulate(history).astype(x.dtype), x), axis=2)
+    read = np.concatenate((a["store"].simulate(history), a["store"].as_raw(x)), axis=2)
+    return read.astype(x.dtype)
 
 
 def _attend(run: Run, arrays: Arrays, a: Attrs) -> Array:

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..ir.arrays import from_stored, to_stored
 from ..ir.attention import attend, round_queries
 from ..ir.errors import KvantError
 from ..ir.maps import apply
@@ -37,10 +36,12 @@ class Kernels:
     def append(self, layer: int, stream: Stream, x: Floats, first: Ints, count: Ints) -> None:
         """Map and store new tokens as they came; see `stream.Kernels`."""
         tokens = [x[row, :, first[row] : first[row] + count[row]] for row in range(len(x))]
-        mapped = [_as_stored(stream.plan, part, self._constants[layer]) for part in tokens]
-        for row, part in enumerate(mapped):
-            if not np.isfinite(part).all():
-                raise _non_finite(layer, stream, row)
+        mapped = []
+        for row, part in enumerate(tokens):
+            try:
+                mapped.append(_as_stored(stream.plan, part, self._constants[layer]))
+            except KvantError as error:
+                raise _non_finite(layer, stream, row) from error
         for row, part in enumerate(mapped):
             _store(stream, row, part)
 
@@ -113,8 +114,8 @@ def _read_pages(stream: Stream, row: int, count: int) -> Array:
 def _as_stored(plan: StreamPlan, x: Array, constants: Mapping[str, Array]) -> Array:
     """Return x [H, n, D] after the maps, with the precision of the plan's raw type."""
     with np.errstate(over="ignore", invalid="ignore"):
-        mapped = apply(plan.maps, x, constants).astype(np.float32)
-        return from_stored(to_stored(mapped, plan.tokens.raw.dtype), plan.tokens.raw.dtype)
+        mapped = apply(plan.maps, x, constants)
+    return plan.tokens.as_raw(mapped)
 
 
 def _store(stream: Stream, row: int, x: Array) -> None:

@@ -21,7 +21,10 @@ def test_every_package_is_listed() -> None:
 
 
 def test_no_bare_import() -> None:
-    code = "import kvant.runtime, kvant.ir, sys; print([n for n in sys.modules if n in ('ir', 'runtime')])"
+    code = (
+        "import kvant.runtime, kvant.ir, sys; "
+        "print([n for n in sys.modules if n in ('ir', 'runtime')])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
 

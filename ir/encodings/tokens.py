@@ -96,10 +96,21 @@ class Tokens:
         group = self.group_tokens
         return self.sink + max(0, length - self.sink - self.recent) // group * group
 
+    def as_raw(self, x: Array) -> Array:
+        """Return x as append keeps it, after the maps: in float32, then in the raw type; float64.
+
+        This happens once to every token, also to those that are encoded later.
+        Raises: KvantError("not-finite" or "scale-overflow") for what the types cannot hold.
+        """
+        with np.errstate(over="ignore", invalid="ignore"):
+            return self.raw.roundtrip(np.asarray(x).astype(np.float32))
+
     def simulate(self, x: Array) -> Array:
-        """Return what attention reads when the tokens of x [..., S, D] are stored; float64."""
-        end = self.encoded_end(x.shape[-2])
-        y = self.raw.roundtrip(x)
+        """Return what attention reads when the tokens of x [..., S, D] are stored; float64.
+
+        Every token is kept `as_raw`; those that are due are encoded from that.
+        """
+        end, y = self.encoded_end(x.shape[-2]), self.as_raw(x)
         if end > self.sink:
-            y[..., self.sink : end, :] = self.rest.roundtrip(np.asarray(x)[..., self.sink : end, :])
+            y[..., self.sink : end, :] = self.rest.roundtrip(y[..., self.sink : end, :])
         return y

@@ -274,7 +274,9 @@ def test_the_same_inputs_give_the_same_id(empty: Path, make_model: Any) -> None:
     assert ids[0] == ids[1]
     files = [sorted(p.relative_to(empty / n) for p in (empty / n).rglob("*")) for n in "ab"]
     assert files[0] == files[1]
-    assert sorted(p.name for p in empty.iterdir()) == ["a", "b"]
+    # torch.export makes an empty folder for torch's own cache; it is not ours to remove.
+    left = {p.name for p in empty.iterdir() if not p.name.startswith("torchinductor_")}
+    assert left == {"a", "b"}
 
 
 def test_other_inputs_give_another_id(empty: Path) -> None:

@@ -280,4 +280,5 @@ def kit() -> type[Kit]:
 @pytest.fixture
 def lossless(monkeypatch: pytest.MonkeyPatch) -> None:
     """Storage that keeps float64 as it is, so that only the rewrite itself can be seen."""
-    monkeypatch.setattr(Tokens, "simulate", lambda self, x: np.array(x, np.float64))
+    for name in ("as_raw", "simulate"):
+        monkeypatch.setattr(Tokens, name, lambda self, x: np.array(x, np.float64))
