@@ -102,11 +102,9 @@ def compile(
     path = Path(out or f"{captured.name}-{chosen.name}.kvant")
     refuse_existing(path)
     clock.stage("rewrite")
-    dump = str(dump_ir or DUMP_IR.get())
-    variants = rewrite(captured, chosen, dump=Path(dump) if dump else None)
+    variants = rewrite(captured, chosen, dump_ir or DUMP_IR.get())
     constants = _constants(clock, variants, source, text)
-    clock.stage("kernels")
-    plans, binaries = _kernels(variants, resolved)
+    plans, binaries = _kernels(clock, variants, resolved)
     clock.stage("write")
     identity = write_artifact(
         path,
@@ -177,9 +175,10 @@ def _load(path: Path, target: str, identity: str) -> "Artifact":
 
 
 def _kernels(
-    variants: tuple[Variant, ...], targets: Mapping[str, "Target"]
+    clock: Clock, variants: tuple[Variant, ...], targets: Mapping[str, "Target"]
 ) -> tuple[list[AttentionPlan], dict[str, dict[str, "Build"]]]:
     """Return the distinct plans, and what each target made of each of them."""
+    clock.stage("kernels")
     plans = list(dict.fromkeys(variant.plan for variant in variants))
     builds: dict[str, dict[str, Build]] = {}
     for name, target in targets.items():
@@ -222,8 +221,15 @@ def _capture(model: Any) -> tuple[ModelSource | None, Model]:
     return source, captured
 
 
-def rewrite(model: Model, recipe: recipes.Recipe, dump: Path | None = None) -> tuple[Variant, ...]:
+def rewrite(
+    model: Model, recipe: recipes.Recipe, dump: str | Path | None = None
+) -> tuple[Variant, ...]:
     """Apply a recipe to every distinct (structure, storage) of a model.
+
+    Args:
+        model: captured.
+        recipe: what to do with it.
+        dump: folder for the graph after every pass; with several graphs, one folder for each.
 
     Raises: KvantError if a pass changes no graph at all, or a rule matches nothing.
     """
@@ -245,7 +251,8 @@ def rewrite(model: Model, recipe: recipes.Recipe, dump: Path | None = None) -> t
             with within(place):
                 store[plain.role] = recipes.tokens(stream, plain.channels, place)
         steps = [(item.name, item.options) for item in recipe.rewrite]
-        folder = dump / f"graph{index}" if dump is not None and len(groups) > 1 else dump
+        place = f"graph{index}" if len(groups) > 1 else ""
+        folder = Path(dump) / place if dump else None
         with within(where):
             traces = run(graph, [*steps, ("store", store), ("dead-code", {})], folder)
             after = traces[-1].after

@@ -75,4 +75,4 @@ def within(place: str) -> Iterator[None]:
 
 def _dump(folder: Path | None, graph: Graph, index: int, name: str) -> None:
     if folder is not None:
-        write_dump(folder / f"{index}-{name}.kir", print_graph(graph).encode())
+        write_dump(folder / f"{index:02d}-{name}.kir", print_graph(graph).encode())

@@ -82,6 +82,7 @@ def _cell(value: Any) -> str:
 def artifact_rows(facts: Mapping[str, Any]) -> dict[str, str]:
     """Return what to say of an artifact, from `facts_of`."""
     packed, full = facts["cache_bytes_per_token"], facts["bytes_full_per_token"]
+    times = f"{full / packed:.1f} times as much"
     smaller = facts["smaller_from"]
     rows = {
         "model": f"{facts['model']}, {facts['layers']} layers",
@@ -89,7 +90,7 @@ def artifact_rows(facts: Mapping[str, Any]) -> dict[str, str]:
         "targets": ", ".join(facts["targets"]),
         "bits per element": f"{facts['bits_per_element']:.2f} at {facts['context']:,} tokens "
         "(bf16: 16)",
-        "cache bytes per token": f"{packed:,.0f} (bf16: {full:,}, {full / packed:.1f} times as much)",
+        "cache bytes per token": f"{packed:,.0f} (bf16: {full:,}, {times})",
         "tokens per GB of cache": f"{facts['tokens_per_gb']:,.0f} (bf16: {1e9 / full:,.0f})",
         "smaller than bf16": "never" if smaller is None else f"from {smaller:,} tokens on",
     }

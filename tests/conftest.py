@@ -117,3 +117,23 @@ def random_attention_graph() -> Callable[..., AttentionCase]:
         return graph, inputs, params, dims
 
     return make
+
+
+@pytest.fixture
+def lossless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Storage that keeps float64 as it is, so that only the rewrite itself can be seen."""
+    for name in ("as_raw", "simulate"):
+        monkeypatch.setattr(Tokens, name, lambda self, x: np.array(x, np.float64))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print how many cases the promises were tried on: `record_property("cases of <what>", n)`."""
+    totals: dict[str, int] = {}
+    for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed"):
+        for name, value in report.user_properties if report.when == "call" else ():
+            if name.startswith("cases of "):
+                totals[name] = totals.get(name, 0) + value
+    if totals:
+        terminalreporter.section("random cases")
+    for name, total in totals.items():
+        terminalreporter.line(f"{total:>7,} {name.removeprefix('cases of ')}")

@@ -12,6 +12,7 @@ from kvant.ir.text import parse
 from kvant.ir.types import TensorType
 from kvant.ir.verify import verify
 
+pytestmark = pytest.mark.usefixtures("lossless")
 STORE = "store = tokens(sink 0: f32, recent 0: f32, flush = group, rest: f32)"
 
 

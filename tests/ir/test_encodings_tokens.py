@@ -88,10 +88,21 @@ def test_reading_gives_sinks_and_tail_as_they_are_and_the_rest_as_encoded(flush)
 
 
 def test_sinks_and_tail_are_rounded_to_the_raw_type():
+    """All of them, also what is encoded: it waited in the tail."""
     x = np.full((1, 8, 2), 1.001)
-    got = Tokens(Int(4, "token", 2), sink=2, recent=2, raw=Raw("bf16")).simulate(x)
-    assert got[0, :, 0].tolist() == pytest.approx([1.0, 1.0] + [1.001] * 4 + [1.0, 1.0], abs=4e-4)
-    assert got[0, 0, 0] == got[0, 7, 0] == 1.0
+    tokens = Tokens(Int(4, "token", 2), sink=2, recent=2, raw=Raw("bf16"))
+    assert np.array_equal(tokens.simulate(x), np.ones_like(x))
+    y = np.random.default_rng(0).normal(size=(1, 8, 2))
+    assert np.array_equal(tokens.as_raw(y), Raw("bf16").roundtrip(y))
+    assert np.array_equal(tokens.simulate(y), tokens.simulate(tokens.as_raw(y)))
+    assert np.array_equal(tokens.simulate(y)[:, 2:6], tokens.rest.roundtrip(tokens.as_raw(y))[:, 2:6])
+
+
+def test_what_the_raw_type_cannot_hold_is_refused():
+    for value, code in ((1e5, "scale-overflow"), (np.nan, "not-finite")):
+        with pytest.raises(KvantError) as caught:
+            Tokens(Bfp(8, 2), raw=Raw("f16")).simulate(np.full((1, 2, 2), value))
+        assert caught.value.code == code
 
 
 @given(tokens_strategy, st.integers(0, 40), st.integers(0, 20))

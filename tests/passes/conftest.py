@@ -275,10 +275,3 @@ class Kit:
 @pytest.fixture
 def kit() -> type[Kit]:
     return Kit
-
-
-@pytest.fixture
-def lossless(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Storage that keeps float64 as it is, so that only the rewrite itself can be seen."""
-    for name in ("as_raw", "simulate"):
-        monkeypatch.setattr(Tokens, name, lambda self, x: np.array(x, np.float64))
