@@ -5,6 +5,7 @@
  *
  * A loop is cut into parts that do not depend on each other. The calling thread takes part; parts are
  * handed out one by one by a counter. Which thread computes a part never changes a bit of the result.
+ * The caller times the first part and wakes workers only if what is left is worth it.
  * One thread, a nested loop, and a loop that begins while another one runs are computed in place.
  */
 #define _GNU_SOURCE
@@ -14,10 +15,12 @@
 #include <stdatomic.h>
 #include <stdint.h>
 #include <stdlib.h>
+#include <time.h>
 
 #define MOST_THREADS 256
 #define PARTS_PER_THREAD 8
 #define SPINS 2000
+#define WORTH_WAKING_NS 40000 /* of work left; waking and joining a worker costs about a tenth */
 #define ALIGNMENT 64
 
 typedef struct {
@@ -122,17 +125,24 @@ static int run_here(part_fn body, void *data) {
   return failed;
 }
 
-static int launch(part_fn body, void *data, int hint) {
-  (void)hint;
-  int threads = wanted_threads();
-  if (threads == 1 || in_loop || pthread_mutex_trylock(&pool.busy)) return run_here(body, data);
+static int64_t now_ns(void) {
+  struct timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+}
+
+/* Take the first part alone; return whether the others are worth a second thread. */
+static int first_part_says_long(void) {
+  int64_t begin = now_ns();
+  in_loop = 1;
+  if (pool.body(atomic_fetch_add(&pool.next, 1), &pool.env, pool.data)) atomic_store(&pool.failed, 1);
+  in_loop = 0;
+  return (now_ns() - begin) * (pool.env.num_task - 1) > WORTH_WAKING_NS;
+}
+
+static void take_parts_with_workers(int threads) {
   start_workers(threads - 1);
   pthread_mutex_lock(&pool.lock);
-  pool.data = data;
-  pool.env = (group_env){NULL, threads * PARTS_PER_THREAD};
-  atomic_store(&pool.next, 0);
-  atomic_store(&pool.failed, 0);
-  pool.body = body;
   pool.open = 1;
   atomic_fetch_add(&pool.round, 1);
   pthread_cond_broadcast(&pool.wake);
@@ -145,6 +155,20 @@ static int launch(part_fn body, void *data, int hint) {
     if (spins < SPINS) pause_briefly();
     else sched_yield();
   }
+}
+
+static int launch(part_fn body, void *data, int hint) {
+  (void)hint;
+  int threads = wanted_threads();
+  if (threads == 1 || in_loop || pthread_mutex_trylock(&pool.busy)) return run_here(body, data);
+  /* No worker is inside a loop now: these may be written without the lock. */
+  pool.body = body;
+  pool.data = data;
+  pool.env = (group_env){NULL, threads * PARTS_PER_THREAD};
+  atomic_store(&pool.next, 0);
+  atomic_store(&pool.failed, 0);
+  if (first_part_says_long()) take_parts_with_workers(threads);
+  else take_parts();
   int failed = atomic_load(&pool.failed);
   pthread_mutex_unlock(&pool.busy);
   return failed ? -1 : 0;
