@@ -77,6 +77,8 @@ class Recorder:
             moment.add(x[:, :, _SKIPPED:])
         seen = query.shape[0] * max(0, query.shape[2] - _SKIPPED)
         self.tokens[layer] = self.tokens.get(layer, 0) + seen
+        if keywords.get("softcap") is not None:
+            return _softcapped(query, key, value, mask, keywords), None
         return sdpa_attention_forward(module, query, key, value, mask, **keywords)
 
     def stats(self) -> dict[int, LayerStats]:
@@ -96,6 +98,20 @@ class Recorder:
                 tokens=count,
             )
         return made
+
+
+def _softcapped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, keywords: Any) -> Tensor:
+    """Attend with softcapped scores, which torch's SDPA cannot, [B, T, Hq, Dv]."""
+    import torch
+
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    softcap, scale = keywords["softcap"], keywords.get("scaling") or query.shape[-1] ** -0.5
+    scores = softcap * (query @ key.mT * (scale / softcap)).tanh()
+    if mask is None:  # transformers leaves a mask out where it is plainly causal
+        seen = torch.ones(scores.shape[-2:], dtype=torch.bool)
+        mask = seen.tril(key.shape[2] - query.shape[2])
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+    return (weights @ value).transpose(1, 2).contiguous()
 
 
 def calibrate(

@@ -5,15 +5,15 @@
     K   the kernel, output or log-sum-exp
 
     max|K - R|  <=  2 max|B - R|  +  2 max|(R + 0.3 - 0.3) - R|  +  floor
-    floor = e max|v| of outputs, 2 e of log-sum-exps,    e = 2^-24 max(4, scale max||q|| max||k||)
+    floor = e max|v| of outputs, e of log-sum-exps,    e = 4 2^-24 max(1, scale max||q|| max||k||)
 
 and the same of each query's length |K - R| against its own |R|, so that a query with small outputs
 is not hidden behind one with large ones.
 
 Why: a kernel may add in another order than B, but not with less precision: twice B's error. It
 gives float32: twice the rounding of the result, 0.3 being a number that spoils the last bits. With
-few elements B may be exact by luck, so one rounding of the largest possible score is always
-allowed, and one of q and of scale.
+few elements B may be exact by luck, so four roundings of the largest possible score are always
+allowed, as many as every score has: of q, of the scale, of the sum, of the exponential.
 
 Nothing is added under compute = int. Integers of q come from float64 (`round_queries`), equal to
 the last bit in every target, and their products with codes are exact. A bound that let one integer
@@ -31,8 +31,8 @@ UNIT = 2.0**-24
 
 
 def score_rounding(q: Array, k: Array, scale: float) -> float:
-    """Return e: one rounding of the largest score that q [..., D] and k [..., D] could have."""
-    return float(UNIT * max(4.0, scale * _length(q) * _length(k)))
+    """Return e: four roundings of the largest score that q [..., D] and k [..., D] could have."""
+    return float(4 * UNIT * max(1.0, scale * _length(q) * _length(k)))
 
 
 def share_of_allowed(kernel: Array, reference: Array, plain: Array, floor: float) -> float:

@@ -96,6 +96,14 @@ def check_scale(array: Array | None, key: str, shape: tuple[int, ...] | None, wh
         _wrong(key, "holds a scale that is not above zero", place)
 
 
+def check_shift(array: Array | None, key: str, where: str) -> None:
+    """Refuse anything but floats [H, D]; they may have any sign."""
+    place = f"{where}/{CONSTANTS}"
+    array = _present(array, key, None, place)
+    if array.dtype.kind != "f":
+        _wrong(key, "holds a shift that is not a float", place)
+
+
 def read_weight_edits(
     raw: bytes, constants: Mapping[str, Array], where: str
 ) -> tuple[dict[str, Json], ...]:
@@ -140,8 +148,8 @@ def _check_edit(parameter: str, op: Json, constants: Mapping[str, Array], where:
         check_order(constants.get(key), key, None, where)
     elif name.startswith("scale"):
         check_scale(constants.get(key), key, None, where)
-    elif key not in constants:
-        _wrong(key, "is missing", f"{where}/{CONSTANTS}")
+    else:
+        check_shift(constants.get(key), key, where)
 
 
 def _are_options(op: Mapping[str, Json]) -> bool:

@@ -61,21 +61,31 @@ class Kernels:
 
     def attend(self, layer: int, q: Floats, k: Stream, v: Stream) -> tuple[Floats, Floats]:
         """Return output and log-sum-exp; see `stream.Kernels`."""
-        plan, constants = self._plans[layer], self._constants[layer]
-        queries = apply(plan.q_maps, q, constants, plan.group)
-        if plan.query_bits is not None:
-            queries = round_queries(queries, plan.query_bits)
+        out, lse = self.attend_in(np.float64, layer, q, k, v)
+        return out.astype(np.float32), lse.astype(np.float32)
+
+    def attend_in(
+        self, dtype: type[np.floating[Any]], layer: int, q: Floats, k: Stream, v: Stream
+    ) -> tuple[Array, Array]:
+        """Return output and log-sum-exp with all sums in `dtype`, not rounded afterwards."""
+        plan = self._plans[layer]
         out, lse = attend(
-            queries,
+            self.queries(layer, q),
             read_stream(k),
             read_stream(v),
             lengths=k.length,
             scale=plan.scale,
             softcap=plan.softcap,
             window=plan.window,
+            dtype=dtype,
         )
-        out = apply(plan.out_maps, out, constants, plan.group)
-        return out.astype(np.float32), lse.astype(np.float32)
+        return apply(plan.out_maps, out, self._constants[layer], plan.group), lse
+
+    def queries(self, layer: int, q: Floats) -> Array:
+        """Return q as attend reads it: after the maps, rounded if the plan says so; float64."""
+        plan = self._plans[layer]
+        queries = apply(plan.q_maps, q, self._constants[layer], plan.group)
+        return queries if plan.query_bits is None else round_queries(queries, plan.query_bits)
 
 
 def read_stream(stream: Stream) -> Array:

@@ -113,13 +113,14 @@ def _check_projections(module: Module, prefix: str) -> None:
         if hasattr(child, "base_layer"):
             raise KvantError(
                 "adapted-projection",
-                f"{full} is a {type(child).__qualname__} around a base layer (LoRA)",
+                f"{full} is a {type(child).__name__} around a base layer (LoRA)",
                 where=_WHERE,
                 fix="merge the adapter into the model first (merge_and_unload)",
             )
         own = dict(child.named_parameters(recurse=False))
         for parameter in own.values():
-            if parameter.dim() > 1 and (type(child) not in (Linear, Conv1D) or _wraps(parameter)):
+            is_plain = type(child) in (Linear, Conv1D) and not _wraps(parameter)
+            if not parameter.dtype.is_floating_point or (parameter.dim() > 1 and not is_plain):
                 raise _quantized(full, child, parameter)
         if "qweight" in child._buffers:
             raise _quantized(full, child, child._buffers["qweight"])
@@ -138,7 +139,7 @@ def _wraps(parameter: Parameter) -> bool:
 def _quantized(name: str, module: Module, parameter: Parameter) -> KvantError:
     return KvantError(
         "quantized-projection",
-        f"{name} is a {type(module).__qualname__} holding a {type(parameter.data).__qualname__} of "
+        f"{name} is a {type(module).__name__} holding a {type(parameter.data).__qualname__} of "
         f"{parameter.dtype}, not a plain torch.nn.Linear",
         where=_WHERE,
         fix="load the model unquantized, with dtype float32, bfloat16 or float16",

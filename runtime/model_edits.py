@@ -4,11 +4,12 @@ An edited parameter gets new storage and the old storage is kept, so restoring i
 mapped into memory is never written.
 """
 
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..ir.errors import KvantError
 from ..ir.weight_edits import apply_weight_edits
 
 if TYPE_CHECKING:
@@ -34,10 +35,76 @@ def edit_weights(model: Module, artifact: "Artifact") -> dict[str, Tensor]:
             edited = apply_weight_edits(edit["ops"], weight, artifact.tensors)
             originals.setdefault(name, parameter.data)
             parameter.data = rounded(edited, parameter.dtype)
+            if edited.ndim > weight.ndim:
+                _place_heads(model, name)
     except BaseException:
         restore_weights(model, originals)
         raise
     return originals
+
+
+class _Seen(Exception):
+    """What a norm was called with; ends the pass of `_norm_input`."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__(shape)
+        self.shape = shape
+
+
+def _place_heads(model: Module, name: str) -> None:
+    """Give a norm weight [H, D], a row per head, the shape that meets the heads in the model.
+
+    Some models normalise [B, T, H, D], which [H, D] fits; some [B, H, T, D], which needs [H, 1, D].
+    Which one is seen by running the attention up to its norm, on T != H tokens of zeros.
+
+    Raises: KvantError "unsupported-norm".
+    """
+    path, _, own = name.rpartition(".")
+    norm, parameter = model.get_submodule(path), model.get_parameter(name)
+    heads, width = parameter.shape
+    tokens = heads + 1
+    hidden = model.config.get_text_config(decoder=True).hidden_size
+    x = parameter.data.new_zeros(1, tokens, hidden)
+    shape = _norm_input(model.get_submodule(path.rpartition(".")[0]), norm, x)
+    if own == "weight" and shape == (1, heads, tokens, width):
+        parameter.data = parameter.data[:, None, :]
+    elif own != "weight" or shape != (1, tokens, heads, width):
+        _refuse_norm(name, f"its input has shape {list(shape)}")
+    try:
+        fits = norm(parameter.data.new_zeros(shape)).shape == shape
+    except Exception as error:
+        _refuse_norm(name, str(error))
+    if not fits:
+        _refuse_norm(name, "its output has another shape")
+
+
+def _norm_input(attention: Module, norm: Module, x: Tensor) -> tuple[int, ...]:
+    """Return the shape that a norm of an attention module is given for x; () if it is not seen."""
+    import torch
+
+    def stop(module: Module, inputs: tuple[Tensor, ...]) -> None:
+        raise _Seen(tuple(inputs[0].shape))
+
+    hook = norm.register_forward_pre_hook(stop)
+    try:
+        with torch.no_grad():
+            attention(hidden_states=x, position_embeddings=None, attention_mask=None)
+    except _Seen as seen:
+        return seen.shape
+    except Exception:
+        return ()
+    finally:
+        hook.remove()
+    return ()
+
+
+def _refuse_norm(name: str, why: str) -> NoReturn:
+    raise KvantError(
+        "unsupported-norm",
+        f"{name} cannot hold a row for each head: {why}",
+        where="attach(model, artifact)",
+        fix="compile with a recipe that does not fold scales into norms (without smooth-k)",
+    )
 
 
 def restore_weights(model: Module, originals: dict[str, Tensor]) -> None:

@@ -73,7 +73,7 @@ class Kernels(Protocol):
         """Apply the online maps to x [B, H, T, D] and store it as positions length, length + 1, ...
 
         Row b's tokens are x[b, :, first[b] : first[b] + count[b]]. The tail is large enough. After
-        the maps they are rounded to the plan's raw type (`Tokens.raw`), in float32.
+        the maps they are rounded once and for all to the plan's raw type: `Tokens.as_raw`.
         Raises: KvantError "non-finite" before anything is stored.
         """
 
@@ -84,7 +84,8 @@ class Kernels(Protocol):
         """Return out f32[B, Hq, Tq, Dv] and lse f32[B, Hq, Tq] of q f32[B, Hq, Tq, D].
 
         The queries are the last Tq positions of each row. A query before position 0 gives zeros
-        and -inf.
+        and -inf. Where the plan rounds q to integers, they are those of `ir.attention.round_queries`
+        without exception; how far outputs may be off, `ir/tolerance.py` says.
         """
 
 

@@ -5,7 +5,8 @@ Two questions that never share a tolerance:
     stored    do append and encode write what the reference writes? The difference of the decoded
               values, against the error that the encoding makes anyway.
     computed  does attend compute what the stored bits say? The reference attends over the very
-              pages that the kernels wrote.
+              pages that the kernels wrote; the bound is that of `ir/tolerance.py`, which gives
+              integer arithmetic no more than float.
 
 Rows of different lengths, sinks, whole and partial pages, tails, and one and several queries take
 part; the random numbers are the same every time.
@@ -21,6 +22,7 @@ import numpy as np
 from ..ir.errors import KvantError
 from ..ir.maps import apply
 from ..ir.plan import AttentionPlan, StreamPlan
+from ..ir.tolerance import score_rounding, share_of_allowed
 from .artifact import Artifact, load, read_contents
 from .cache import Cache
 from .constants import Array
@@ -35,11 +37,6 @@ START = 3
 STORED_SHARE = 0.2
 """Stored values may differ by this share of the encoding's own error (root mean square): a value
 that lies between two codes may fall on either side."""
-
-ATTEND_FLOAT = 1e-5
-ATTEND_INT = 5e-3
-"""Outputs may differ by this share of the largest value. Where q is rounded to integers, one code
-of q may fall on either side; that moves a score by up to one step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +106,7 @@ def _representatives(artifact: Artifact) -> tuple[int, ...]:
 
 
 def _check_layer(
-    artifact: Artifact, reference: Kernels, layer: int, where: str
+    artifact: Artifact, reference: ReferenceKernels, layer: int, where: str
 ) -> list[tuple[float, float]]:
     """Return (stored, computed) of each case of one layer, as shares of what is allowed."""
     plan, constants = artifact.plans[layer], artifact.constants[layer]
@@ -169,21 +166,20 @@ def _stored_share(ours: Stream, theirs: Stream, given: Array) -> float:
 
 
 def _computed_share(
-    cache: Cache, reference: Kernels, layer: int, plan: AttentionPlan, q: Floats
+    cache: Cache, reference: ReferenceKernels, layer: int, plan: AttentionPlan, q: Floats
 ) -> float:
     """Return the error of attend over the same pages, as a share of what is allowed."""
     k, v = cache.layers[0].streams
-    out, lse = cache.kernels.attend(0, q, k, v)
-    right, right_lse = reference.attend(layer, q, k, v)
-    if not (np.isfinite(out).all() and (np.isneginf(lse) == np.isneginf(right_lse)).all()):
-        return float("inf")
-    share = ATTEND_FLOAT if plan.compute == "float" else ATTEND_INT
-    seen = ~np.isneginf(right_lse)
-    worst = float(np.abs(out - right).max(initial=0.0))
-    worst_lse = float(np.abs(lse[seen] - right_lse[seen]).max(initial=0.0))
-    largest = float(np.abs(read_stream(v)).max(initial=1.0))
-    largest_lse = float(np.abs(right_lse[seen]).max(initial=1.0))
-    return max(worst / (share * largest), worst_lse / (share * max(1.0, largest_lse)))
+    results = cache.kernels.attend(0, q, k, v)
+    right, plain = (reference.attend_in(x, layer, q, k, v) for x in (np.float64, np.float32))
+    floor = score_rounding(reference.queries(layer, q), read_stream(k), plan.scale)
+    floors = floor * float(np.abs(read_stream(v)).max(initial=0.0)), floor
+    # The log-sum-exp is one number a query: its last axis is 1 long.
+    shares = [
+        share_of_allowed(*(x.reshape(*q.shape[:3], -1) for x in three), allowed)
+        for *three, allowed in zip(results, right, plain, floors, strict=True)
+    ]
+    return max(shares)
 
 
 def _rms(x: Array) -> float:

@@ -123,7 +123,8 @@ def test_kivi_2bit_is_clearly_better_than_2_bits_per_token(
     two.write_text(f'name = "two"\n[k]\n{stream}\n[v]\n{stream}')
     kivi, plain = quality("kivi-2bit"), quality(str(two))
     assert kivi["bits_per_element"] <= plain["bits_per_element"] * 1.001
-    assert kivi["kl_mean_high"] < 0.5 * plain["kl_mean_low"], (kivi, plain)
+    assert kivi["kl_mean"] < 0.6 * plain["kl_mean"], (kivi, plain)
+    assert kivi["kl_mean_high"] < plain["kl_mean_low"], (kivi, plain)
 
 
 @pytest.mark.long

@@ -95,7 +95,9 @@ def test_sinks_and_tail_are_rounded_to_the_raw_type():
     y = np.random.default_rng(0).normal(size=(1, 8, 2))
     assert np.array_equal(tokens.as_raw(y), Raw("bf16").roundtrip(y))
     assert np.array_equal(tokens.simulate(y), tokens.simulate(tokens.as_raw(y)))
-    assert np.array_equal(tokens.simulate(y)[:, 2:6], tokens.rest.roundtrip(tokens.as_raw(y))[:, 2:6])
+    assert np.array_equal(
+        tokens.simulate(y)[:, 2:6], tokens.rest.roundtrip(tokens.as_raw(y))[:, 2:6]
+    )
 
 
 def test_what_the_raw_type_cannot_hold_is_refused():

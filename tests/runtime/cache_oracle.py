@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from kvant.ir.attention import attend, round_queries
-from kvant.ir.encodings import Raw
 from kvant.ir.maps import apply
 from kvant.ir.plan import AttentionPlan, StreamPlan
 
@@ -28,13 +27,13 @@ class OracleStream:
         self.end = max(self.end, due)
 
     def append(self, x: Array) -> None:
-        new = apply(self.plan.maps, x, self.constants).astype(np.float32)
-        new = self.plan.tokens.raw.roundtrip(new).astype(np.float32)
+        new = apply(self.plan.maps, x, self.constants)
+        new = self.plan.tokens.as_raw(new).astype(np.float32)
         self.x = np.concatenate([self.x, new], axis=1)
 
     def stored(self) -> Array:
         y = self.x.astype(np.float64)
-        encoded = replace(self.plan.tokens, recent=0, flush="group", raw=Raw("f32"))
+        encoded = replace(self.plan.tokens, recent=0, flush="group")
         end = min(self.end, y.shape[1])
         y[:, :end] = encoded.simulate(y[:, :end])
         return y
@@ -107,7 +106,7 @@ class Oracle:
         self,
         q: Array,
         stored: Callable[[int], tuple[Array, Array]] | None = None,
-        dtype: Any = float,
+        dtype: Any = np.float64,
     ) -> tuple[Array, Array]:
         """Row by row; `stored` gives (k, v) of a row, by default what the oracle encodes itself."""
         tokens = q.shape[2]
@@ -121,12 +120,8 @@ class Oracle:
             k, v = stored(row) if stored else (self.k[row].stored(), self.v[row].stored())
             args = (x[row][None, :, mask], k[None], v[None])
             plan, n = self.plan, np.array([k.shape[1]])
-            if dtype is float:
-                o, e = attend(
-                    *args, lengths=n, scale=plan.scale, softcap=plan.softcap, window=plan.window
-                )
-            else:
-                o, e = attend_f32(*args, plan)
+            options = {"softcap": plan.softcap, "window": plan.window, "dtype": dtype}
+            o, e = attend(*args, lengths=n, scale=plan.scale, **options)
             o = apply(plan.out_maps, o, self.constants, plan.group)
             out[row][:, mask], lse[row][:, mask] = o[0], e[0]
         return out, lse
@@ -136,22 +131,3 @@ def _copy(stream: OracleStream) -> OracleStream:
     new = OracleStream(stream.plan, stream.constants)
     new.x, new.end = stream.x, stream.end
     return new
-
-
-def attend_f32(q: Array, k: Array, v: Array, plan: AttentionPlan) -> tuple[Array, Array]:
-    """The same sums, plainly, in float32: what P7 allows a kernel to be twice as wrong as."""
-    q, k, v = (a.astype(np.float32) for a in (q, k, v))
-    k, v = np.repeat(k, plan.group, 1), np.repeat(v, plan.group, 1)
-    queries, keys = q.shape[2], k.shape[2]
-    s = np.einsum("bhqd,bhkd->bhqk", q, k) * np.float32(plan.scale)
-    if plan.softcap is not None:
-        s = np.float32(plan.softcap) * np.tanh(s / np.float32(plan.softcap))
-    position = keys - queries + np.arange(queries)[:, None]
-    seen = np.arange(keys) <= position
-    if plan.window is not None:
-        seen &= np.arange(keys) > position - plan.window
-    s = np.where(seen, s, np.float32(-np.inf))
-    top = s.max(-1, keepdims=True)
-    p = np.exp(s - top)
-    total = p.sum(-1, keepdims=True)
-    return np.einsum("bhqk,bhkd->bhqd", p, v) / total, (top + np.log(total))[..., 0]

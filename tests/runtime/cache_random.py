@@ -70,14 +70,20 @@ def random_plan(rng: Any) -> tuple[AttentionPlan, Constants]:
 
 
 def make_case(
-    rng: Any, plan: AttentionPlan | None = None, constants: Constants | None = None
+    rng: Any,
+    plan: AttentionPlan | None = None,
+    constants: Constants | None = None,
+    most_columns: int = 300,
+    most_appends: int = 8,
 ) -> Case:
-    """A case of up to about 300 columns whose lengths sit around groups and pages.
+    """A case whose lengths sit around groups and pages.
 
     Args:
         rng: a numpy Generator.
         plan: use this plan (compiled kernels are dear); a random one if not given.
         constants: of that plan.
+        most_columns: of the whole script.
+        most_appends: in it, each with an attend after it.
     """
     if plan is None:
         plan, constants = random_plan(rng)
@@ -85,9 +91,9 @@ def make_case(
     edges = [0, 1, 1, 1, 2, g - 1, g, g + 1, page - 1, page, page + 1, plan.k.tokens.recent, 33]
     batch, steps, total = int(rng.choice([1, 1, 2, 3])), [], 0
     start = tuple(int(s) for s in rng.integers(0, 40, batch)) if rng.random() < 0.4 else None
-    for _ in range(int(rng.integers(3, 9))):
+    for _ in range(int(rng.integers(min(3, most_appends), most_appends + 1))):
         tokens = int(rng.choice(edges))
-        if total + tokens > 300:
+        if total + tokens > most_columns:
             continue
         lengths = None
         if rng.random() < 0.2:

@@ -80,17 +80,27 @@ def kernels_of(plans: list[AttentionPlan], constants: list[Constants]) -> Kernel
     return Kernels(plans, constants, keys, files)
 
 
-def _int(bits: int, axis: str, group: int, **fields: Any) -> Int:
+@lru_cache(maxsize=128)
+def _loaded(plan: AttentionPlan, layers: int) -> Kernels:
+    return kernels_of([plan] * layers, [constants_of(plan)] * layers)
+
+
+def loaded(plans: list[AttentionPlan], constants: list[Constants]) -> Kernels:
+    """As `kernels_of`, for equal layers with `constants_of` their plan; loaded once a session."""
+    return _loaded(plans[0], len(plans))
+
+
+def int_format(bits: int, axis: str, group: int, **fields: Any) -> Int:
     return Int(bits, axis, group, **fields)  # type: ignore[arg-type]
 
 
 HEADLINE = plan_of(
-    _int(4, "token", 128), _int(4, "token", 128), d=128, k_tokens=BOTH, v_tokens=BOTH
+    int_format(4, "token", 128), int_format(4, "token", 128), d=128, k_tokens=BOTH, v_tokens=BOTH
 )
 INTEGER = replace(HEADLINE, compute="int")
 KIVI = plan_of(
-    _int(2, "channel", 32),
-    _int(2, "token", 32),
+    int_format(2, "channel", 32),
+    int_format(2, "token", 32),
     k_tokens={"recent": 32, "flush": "block"},
     v_tokens={"recent": 40},
 )
@@ -101,34 +111,45 @@ PLANS: dict[str, AttentionPlan] = {
     "int4-token-int": INTEGER,
     "kivi-2bit": KIVI,
     "int4-groups-int": plan_of(
-        _int(4, "token", 32, zero="int"),
-        _int(4, "channel", 16, zero="none"),
+        int_format(4, "token", 32, zero="int"),
+        int_format(4, "channel", 16, zero="none"),
         group=1,
         compute="int",
     ),
     "int8-groups-int": plan_of(
-        _int(8, "token", 32, params="f32"),
-        _int(8, "channel", 48, zero="int", params="bf16"),
+        int_format(8, "token", 32, params="f32"),
+        int_format(8, "channel", 48, zero="int", params="bf16"),
         group=5,
         compute="int",
         k_tokens={"sink": 2},
         v_tokens={"sink": 1},
     ),
     "int4-d80": plan_of(
-        _int(4, "token", 80), _int(3, "token", 96, zero="none"), d=80, dv=96, compute="int"
+        int_format(4, "token", 80),
+        int_format(3, "token", 96, zero="none"),
+        d=80,
+        dv=96,
+        compute="int",
     ),
     "int3-d96": plan_of(
-        _int(3, "channel", 32, params="f32"), _int(8, "token", 96), d=96, group=3, softcap=20.0
+        int_format(3, "channel", 32, params="f32"),
+        int_format(8, "token", 96),
+        d=96,
+        group=3,
+        softcap=20.0,
     ),
     "int2-d256": plan_of(
-        _int(2, "token", 64, zero="int", params="bf16"), _int(3, "channel", 64), d=256, window=100
+        int_format(2, "token", 64, zero="int", params="bf16"),
+        int_format(3, "channel", 64),
+        d=256,
+        window=100,
     ),
     "bfp": plan_of(Bfp(4, 16), Bfp(8, 32), group=7, d=32, v_tokens={"sink": 3, "recent": 5}),
     "raw": plan_of(
         Raw("bf16"), Raw("f16"), group=8, window=7, v_tokens={"recent": 64, "flush": "block"}
     ),
     "maps": mapped(
-        plan_of(_int(4, "token", 64, clip=0.9), Raw("f32"), k_tokens={"raw": Raw("bf16")}),
+        plan_of(int_format(4, "token", 64, clip=0.9), Raw("f32"), k_tokens={"raw": Raw("bf16")}),
         Scale("kvant.values"),
         Gather("kvant.order"),
         Hadamard(64),

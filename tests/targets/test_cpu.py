@@ -8,32 +8,12 @@ from kvant.runtime.cache import Cache
 from kvant.runtime.launch_reference import Kernels as Reference
 
 from ..runtime.cache_bytes import poison
-from ..runtime.cache_random import make_case, random_plan
-from ..runtime.cache_runner import run_case
 from .cpu_cases import HEADLINE, INTEGER, KIVI, PLANS, constants_of, kernels_of
-
-CASES_PER_PLAN = 4
 
 
 @pytest.fixture(params=PLANS, ids=str)
 def plan(request: pytest.FixtureRequest) -> AttentionPlan:
     return PLANS[request.param]
-
-
-def test_random_scripts_within_p7(plan: AttentionPlan) -> None:
-    """Lengths around groups and pages, padding, truncation, beams; garbage past the length."""
-    rng = np.random.default_rng(1)
-    for _ in range(CASES_PER_PLAN):
-        run_case(kernels_of, make_case(rng, plan, constants_of(plan)))
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("seed", range(40))
-def test_random_plans_within_p7(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    plan, constants = random_plan(rng)
-    for _ in range(8):
-        run_case(kernels_of, make_case(rng, plan, constants))
 
 
 def filled(plan: AttentionPlan, lengths: list[int], seed: int = 0) -> list[Cache]:
@@ -60,8 +40,6 @@ def filled(plan: AttentionPlan, lengths: list[int], seed: int = 0) -> list[Cache
 
 
 def test_pages_are_the_encoders_bytes(plan: AttentionPlan) -> None:
-    if plan.k.tokens.raw.dtype != "f32":
-        pytest.skip("the reference keeps the tail in float32")
     compiled, reference = filled(plan, [300, 1, 130])
     for have, want in zip(compiled.layers[0].streams, reference.layers[0].streams, strict=True):
         assert np.array_equal(have.tail, want.tail)
