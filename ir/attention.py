@@ -47,8 +47,8 @@ def attend(
         window: keys that a query sees, itself included, or None for all.
         dtype: of all arithmetic; float32 only to measure what rounding does.
 
-    Returns: out [B, Hq, Tq, Dv] and lse [B, Hq, Tq], of `dtype`. A query that sees no key gives zeros
-        and -inf.
+    Returns: out [B, Hq, Tq, Dv] and lse [B, Hq, Tq], of `dtype`. A query that sees no key gives
+        zeros and -inf.
     Raises: KvantError("attend-shape") if the shapes or lengths do not fit.
     """
     lengths = np.asarray(lengths, dtype=np.int64)

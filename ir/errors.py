@@ -8,7 +8,8 @@ class KvantError(Exception):
     """A refusal: what was refused, where, and how to fix it.
 
     Args:
-        code: stable kebab-case name, for scripts; never reused for another meaning.
+        code: stable kebab-case name, for scripts; never reused for another meaning. All of them
+            are listed in docs/errors.md.
         what: one sentence that contains the offending values.
         where: the file, argument, or graph position.
         fix: what the user can do now.

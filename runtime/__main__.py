@@ -45,9 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return REFUSED
     except KeyboardInterrupt:
         return INTERRUPTED
-    except Exception:
+    except Exception as error:
         traceback.print_exc()
-        print("kvant: this is our bug. Please report the lines above.", file=sys.stderr)
+        _print_error(_our_bug(error), options.json)
         return BUG
     return OK
 
@@ -62,6 +62,15 @@ def _run(options: argparse.Namespace) -> dict[str, Any]:
     return load(options.artifact, "reference", options.id).show()
 
 
+def _our_bug(error: Exception) -> KvantError:
+    return KvantError(
+        "internal-error",
+        f"this is a bug in kvant: {type(error).__name__}",
+        where="the lines on stderr",
+        fix="please report them with the command you ran",
+    )
+
+
 def _print(facts: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(facts, indent=2, sort_keys=True))
@@ -71,6 +80,9 @@ def _print(facts: dict[str, Any], as_json: bool) -> None:
             print(f"{key}:")
             for row in value:
                 print("  " + "  ".join(str(cell) for cell in row.values()))
+        elif isinstance(value, dict):
+            for name, text in value.items():
+                print(f"{key:<24} {name}: {text}")
         else:
             text = f"{value:.4g}" if isinstance(value, float) else str(value)
             print(f"{key:<24} {text}")

@@ -84,8 +84,8 @@ class Kernels(Protocol):
         """Return out f32[B, Hq, Tq, Dv] and lse f32[B, Hq, Tq] of q f32[B, Hq, Tq, D].
 
         The queries are the last Tq positions of each row. A query before position 0 gives zeros
-        and -inf. Where the plan rounds q to integers, they are those of `ir.attention.round_queries`
-        without exception; how far outputs may be off, `ir/tolerance.py` says.
+        and -inf. Where the plan rounds q to integers, they are those of `round_queries` without
+        exception; how far outputs may be off, `ir/tolerance.py` says.
         """
 
 

@@ -129,7 +129,8 @@ def _refuse_all(reasons: Mapping[str, str], where: str) -> NoReturn:
         "no-usable-target",
         f"no compiled target of the artifact runs here: {lines or 'it has none'}",
         where=where,
-        fix="install what is missing, or compile for this machine; target='reference' runs anywhere, slowly",
+        fix="install what is missing, or compile for this machine; target='reference' runs "
+        "anywhere, slowly",
     )
 
 

@@ -170,16 +170,15 @@ def _computed_share(
 ) -> float:
     """Return the error of attend over the same pages, as a share of what is allowed."""
     k, v = cache.layers[0].streams
-    results = cache.kernels.attend(0, q, k, v)
+    out, lse = cache.kernels.attend(0, q, k, v)
     right, plain = (reference.attend_in(x, layer, q, k, v) for x in (np.float64, np.float32))
     floor = score_rounding(reference.queries(layer, q), read_stream(k), plan.scale)
-    floors = floor * float(np.abs(read_stream(v)).max(initial=0.0)), floor
-    # The log-sum-exp is one number a query: its last axis is 1 long.
-    shares = [
-        share_of_allowed(*(x.reshape(*q.shape[:3], -1) for x in three), allowed)
-        for *three, allowed in zip(results, right, plain, floors, strict=True)
-    ]
-    return max(shares)
+    largest = float(np.abs(read_stream(v)).max(initial=0.0))
+    return max(
+        share_of_allowed(out, right[0], plain[0], floor * largest),
+        # One number a query: the last axis is 1 long.
+        share_of_allowed(lse[..., None], right[1][..., None], plain[1][..., None], floor),
+    )
 
 
 def _rms(x: Array) -> float:

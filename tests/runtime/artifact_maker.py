@@ -5,7 +5,7 @@ import json
 import sys
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ def plan(bits: int = 4, recent: int = 0) -> AttentionPlan:
 
 
 PLANS = (plan(), plan(bits=8, recent=3))
+INTEGER_PLANS = tuple(replace(one, compute="int") for one in PLANS)
 
 
 @dataclass(frozen=True)
@@ -107,12 +108,12 @@ def builds(name: str = "cpu-test", **facts: Any) -> dict[str, Build]:
     return {f"p{i}": Build(name, cpu_facts(**facts), native_files(i)) for i in range(2)}
 
 
-def write(out: Path, **changes: Any) -> str:
+def write(out: Path, plans: tuple[AttentionPlan, ...] = PLANS, **changes: Any) -> str:
     """Write the small artifact; keyword arguments replace those of `write_artifact`."""
     layers = tuple(Layer(i, 0, f"model.layers.{i}.self_attn.") for i in range(LAYERS))
     variants = (
-        Variant(Graph("attention", (), ()), PLANS[0], (layers[0], layers[2])),
-        Variant(Graph("attention", (), ()), PLANS[1], (layers[1],)),
+        Variant(Graph("attention", (), ()), plans[0], (layers[0], layers[2])),
+        Variant(Graph("attention", (), ()), plans[1], (layers[1],)),
     )
     model = types.SimpleNamespace(
         name="tiny",
@@ -125,7 +126,7 @@ def write(out: Path, **changes: Any) -> str:
         "recipe": "kivi-4bit",
         "recipe_toml": 'name = "kivi-4bit"\n',
         "variants": variants,
-        "plans": PLANS,
+        "plans": plans,
         "constants": constants(),
         "weight_edits": weight_edits(),
         "weights": {"model.layers.0.self_attn.k_proj.weight": [0.5, -0.25]},
@@ -163,7 +164,7 @@ class Made:
     loaded: list[str]
 
 
-def make(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Made:
+def make(folder: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Made:
     """Write an artifact and put a stand-in for `launch_cpu` in place that really calls dlopen."""
     from kvant.runtime.launch_reference import Kernels as Reference
 
@@ -180,7 +181,7 @@ def make(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Made:
     stand_in = types.ModuleType("kvant.runtime.launch_cpu")
     stand_in.Kernels = Kernels  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "kvant.runtime.launch_cpu", stand_in)
-    return Made(folder, write(folder), loaded)
+    return Made(folder, write(folder, **changes), loaded)
 
 
 def refusal(made: Made, **options: Any) -> KvantError:

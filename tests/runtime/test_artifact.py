@@ -351,4 +351,12 @@ def test_our_bug_is_status_70(
 
     monkeypatch.setattr(artifact, "load", bug)
     assert main(["show", str(made.folder)]) == 70
-    assert "this is our bug" in capsys.readouterr().err
+    assert capsys.readouterr().err.endswith(
+        "kvant: this is a bug in kvant: ZeroDivisionError\n"
+        "  where: the lines on stderr\n"
+        "  fix: please report them with the command you ran  [internal-error]\n"
+    )
+    assert main(["show", str(made.folder), "--json"]) == 70
+    out, err = capsys.readouterr()
+    assert json.loads(out)["error"]["code"] == "internal-error"
+    assert "ZeroDivisionError" in err

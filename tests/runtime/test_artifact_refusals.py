@@ -378,7 +378,9 @@ def rewritten(made: Made, name: str = "cpu-other", **facts: Any) -> Made:
     return made
 
 
-NO_TARGET_FIX = "install what is missing, or compile for this machine; target='reference' runs anywhere, slowly"
+NO_TARGET_FIX = (
+    "install what is missing, or compile for this machine; target='reference' runs anywhere, slowly"
+)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 from safetensors.numpy import load as load_arrays
 from safetensors.numpy import save as save_arrays
 
+from kvant.runtime import load
 from kvant.runtime.strict_json import canonical
 
 from .artifact_maker import ORDER, SMOOTH, Made, expect, make, refusal, reseal
@@ -182,3 +183,46 @@ def test_weight_edit_with_a_missing_constant(made: Made) -> None:
     reseal(made.folder)
     what = "'layers.0.none' is missing"
     expect(made, "constants-wrong", what, CONSTANTS_FIX, "constants.safetensors")
+
+
+def edit_shift(made: Made, shift: np.ndarray) -> None:
+    """Let the first edit add a constant of its own, as for norms with an offset."""
+    path = made.folder / "constants.safetensors"
+    arrays = load_arrays(path.read_bytes()) | {"layers.0.kvant.k_norm_shift": shift}
+    path.write_bytes(save_arrays(arrays, metadata={"format": "kvant"}))
+    add = {"op": "add", "constant": "layers.0.kvant.k_norm_shift"}
+    edit_json(made.folder / "weight_edits.json", lambda e: e[0]["ops"].insert(0, add))
+    reseal(made.folder)
+
+
+def test_a_shift_may_have_any_sign(made: Made) -> None:
+    edit_shift(made, np.linspace(-1.0, 1.0, 32).reshape(2, 16))
+    ops = load(made.folder, "reference").weight_edits[0]["ops"]
+    assert [op["op"] for op in ops] == ["add", "scale_rows"]
+
+
+@pytest.mark.parametrize(
+    ("shift", "problem"),
+    [
+        (np.zeros((2, 16), np.int64), "holds a shift that is not a float"),
+        (np.zeros(16), "has shape [16], expected [heads, channels]"),
+        (np.full((2, 16), np.nan), "holds NaN or infinity"),
+    ],
+)
+def test_shifts_wrong(made: Made, shift: np.ndarray, problem: str) -> None:
+    edit_shift(made, shift)
+    what = f"'layers.0.kvant.k_norm_shift' {problem}"
+    expect(made, "constants-wrong", what, CONSTANTS_FIX, "constants.safetensors")
+
+
+def test_several_row_ranges_of_one_parameter(made: Made) -> None:
+    """A fused q, k and v weight: one edit, each op on rows of its own."""
+
+    def change(edits: list[dict[str, Any]]) -> None:
+        op = edits[1]["ops"][0]
+        edits[1]["ops"] = [op | {"rows": [0, 32]}, op | {"rows": [32, 64]}]
+
+    edit_json(made.folder / "weight_edits.json", change)
+    reseal(made.folder)
+    ops = load(made.folder, "reference").weight_edits[1]["ops"]
+    assert [op["rows"] for op in ops] == [[0, 32], [32, 64]]

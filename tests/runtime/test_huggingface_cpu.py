@@ -4,7 +4,6 @@ What is stored loses nothing (groups of one channel, whose minimum is the value 
 text must be that of the plain model, whatever is packed, cropped, copied or padded on the way.
 """
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -139,10 +138,10 @@ def test_left_padded_rows_are_each_row_alone(
         cache.reset()
         parts = []
         for part in (ids, *new.split([1, 60, 1, 1, 7], 1)):
-            seen = mask.shape[1] if part is ids else seen + part.shape[1]
-            full = torch.cat([mask, mask.new_ones(len(mask), seen - mask.shape[1])], 1)
-            at = (full.cumsum(1) - 1).clamp(min=0)[:, -part.shape[1] :]
-            parts.append(logits(model, part, cache, attention_mask=full, position_ids=at))
+            if part is not ids:
+                mask = torch.cat([mask, mask.new_ones(part.shape)], 1)
+            at = (mask.cumsum(1) - 1).clamp(min=0)[:, -part.shape[1] :]
+            parts.append(logits(model, part, cache, attention_mask=mask, position_ids=at))
         return torch.cat([parts[0][:, -1:], *parts[1:]], 1)
 
     together = run(ids, mask, new)

@@ -57,7 +57,8 @@ def test_auto_never_falls_back_to_the_reference() -> None:
         "cpu-x86-64-v4: it is for Linux on x86_64; this machine is Linux on aarch64; "
         "cuda-sm_90: this version of the runtime does not run targets of kind 'cuda'\n"
         "  where: x\n"
-        "  fix: install what is missing, or compile for this machine; target='reference' runs anywhere, slowly"
+        "  fix: install what is missing, or compile for this machine; "
+        "target='reference' runs anywhere, slowly"
         "  [no-usable-target]"
     )
 
