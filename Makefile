@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.kvant-installed
+# Two workers, each takes whole files: what a file compiles, it compiles once.
+PARALLEL ?= -n 2 --dist loadfile
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
@@ -34,10 +36,10 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -q -m "not long"
+	$(BIN)/python -m pytest -q $(PARALLEL) -m "not long"
 
 test-long: lint
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q $(PARALLEL)
 
 golden: $(STAMP)
 	$(BIN)/python -m pytest -q tests/passes tests/targets --update-golden

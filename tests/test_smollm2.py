@@ -136,7 +136,7 @@ def test_every_other_recipe_is_usable(quality: Any, recipe: str) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("recipe", ["kivi-4bit", "kivi-2bit", "int4-token"])
+@pytest.mark.parametrize("recipe", ["kivi-4bit", "kivi-2bit"])
 def test_kernels_cost_no_quality_beyond_the_encoding(
     source: ModelSource, compiled: Any, recipe: str
 ) -> None:
