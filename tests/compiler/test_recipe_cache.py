@@ -22,7 +22,7 @@ R = 128  # KIVI's window
 @pytest.fixture(scope="module")
 def compiled(make_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Compiled:
     """Return compiled(recipe): the artifact of a small random model with heads of 64 channels."""
-    module = make_model("llama", head_dim=64)
+    module = make_model("llama", head_dim=64, max_position_embeddings=1024)
     folder: Path = tmp_path_factory.mktemp("recipes")
 
     @functools.cache
