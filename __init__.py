@@ -3,17 +3,19 @@
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["KvantError", "Shape", "compile"]
+__all__ = ["KvantError", "Shape", "compile", "load"]
 
 if TYPE_CHECKING:
     from .compiler.driver import compile
     from .compiler.shape import Shape
     from .ir.errors import KvantError
+    from .runtime.artifact import load
 
 _LAZY = {
     "compile": (".compiler.driver", "compile"),
     "Shape": (".compiler.shape", "Shape"),
     "KvantError": (".ir.errors", "KvantError"),
+    "load": (".runtime.artifact", "load"),
 }
 
 

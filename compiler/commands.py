@@ -17,6 +17,7 @@ from .tables import (
     table,
     target_rows,
     values,
+    verify_rows,
     working,
 )
 
@@ -231,5 +232,4 @@ def verify(artifact: Artifact, target: TargetOption = "auto", as_json: Json = Fa
     if as_json:
         print_json(result)
         return
-    rows = {name.replace("_", " "): value for name, value in result.items() if value != {}}
-    table("verified: everything agrees", values(rows))
+    table("verified: everything agrees", values(verify_rows(result)))

@@ -102,7 +102,9 @@ def compile(
     path = Path(out or f"{captured.name}-{chosen.name}.kvant")
     refuse_existing(path)
     clock.stage("rewrite")
-    variants = rewrite(captured, chosen, dump_ir or DUMP_IR.get())
+    variants = rewrite(
+        captured, chosen, dump_ir or DUMP_IR.get(), recipes.place(recipe, chosen.name)
+    )
     constants = _constants(clock, variants, source, text)
     plans, binaries = _kernels(clock, variants, resolved)
     clock.stage("write")
@@ -222,7 +224,10 @@ def _capture(model: Any) -> tuple[ModelSource | None, Model]:
 
 
 def rewrite(
-    model: Model, recipe: recipes.Recipe, dump: str | Path | None = None
+    model: Model,
+    recipe: recipes.Recipe,
+    dump: str | Path | None = None,
+    where: str | None = None,
 ) -> tuple[Variant, ...]:
     """Apply a recipe to every distinct (structure, storage) of a model.
 
@@ -230,10 +235,11 @@ def rewrite(
         model: captured.
         recipe: what to do with it.
         dump: folder for the graph after every pass; with several graphs, one folder for each.
+        where: how errors name the recipe, such as its file; by its name if not given.
 
     Raises: KvantError if a pass changes no graph at all, or a rule matches nothing.
     """
-    where = f"recipe {recipe.name}"
+    where = where or recipes.place(recipe, recipe.name)
     streams = recipes.streams_of(recipe, len(model.layers), where)
     groups: dict[Any, list[Layer]] = {}
     for layer, (k, v) in zip(model.layers, streams, strict=True):

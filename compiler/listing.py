@@ -29,13 +29,15 @@ def _targets() -> Listing:
 def _passes() -> Listing:
     rows: list[tuple[Any, ...]] = []
     for name, definition in PASSES.items():
+        added = name in recipes.ADDED_BY_KVANT  # no recipe asks for these, nor sets their options
         options = [
             re.sub(r"kvant\.[\w.]*\.", "", str(p))
             for p in inspect.signature(definition.run).parameters.values()
-            if p.kind is inspect.Parameter.KEYWORD_ONLY
+            if p.kind is inspect.Parameter.KEYWORD_ONLY and not added
         ]
-        first = (inspect.getdoc(definition.run) or "").splitlines()[:1]
-        rows.append((name, "exact" if definition.exact else "lossy", ", ".join(options), *first))
+        does = (inspect.getdoc(definition.run) or "").partition("\n")[0]
+        does += " (added by kvant)" if added else ""
+        rows.append((name, "exact" if definition.exact else "lossy", ", ".join(options), does))
     return "passes", ("name", "promise", "options", "does"), rows
 
 

@@ -26,7 +26,7 @@ except ModuleNotFoundError:
 
 DEFAULT = "kivi-4bit"
 # Every recipe ends with these two: [k] and [v] are what `store` is given.
-_NOT_IN_RECIPES = {"store", "dead-code"}
+ADDED_BY_KVANT = {"store", "dead-code"}
 
 
 class _Table(BaseModel):
@@ -137,7 +137,8 @@ def load(recipe: str | Path | Recipe) -> tuple[Recipe, str]:
     Args:
         recipe: the name of a recipe that comes with kvant, a path to a .toml file, or a record.
 
-    Raises: KvantError for an unknown name, unreadable TOML, an unknown key or pass.
+    Raises: KvantError for an unknown name, unreadable TOML, an unknown key or pass, or a file
+        that calls another recipe by the name of one of ours.
     """
     if isinstance(recipe, Recipe):
         tomli_w = need("tomli_w")
@@ -149,7 +150,22 @@ def load(recipe: str | Path | Recipe) -> tuple[Recipe, str]:
         raise KvantError(
             "recipe-syntax", f"this is not TOML: {error}", where=where, fix="correct that line"
         ) from None
-    return parse(data, where), text
+    loaded = parse(data, where)
+    if Path(recipe).suffix == ".toml" and loaded.name in names() and loaded != load(loaded.name)[0]:
+        raise KvantError(
+            "recipe-name",
+            f"the name {loaded.name!r} belongs to a recipe of kvant with other content",
+            where=where,
+            fix="give your recipe a name of its own",
+        )
+    return loaded, text
+
+
+def place(recipe: str | Path | Recipe, name: str) -> str:
+    """Return how errors name a recipe: a file by its path, any other by the recipe's name."""
+    if isinstance(recipe, str | Path) and Path(recipe).suffix == ".toml":
+        return str(recipe)
+    return f"recipe {name}"
 
 
 def parse(data: dict[str, Any], where: str) -> Recipe:
@@ -166,7 +182,7 @@ def parse(data: dict[str, Any], where: str) -> Recipe:
 
 def _check_rewrite(rewrite: Rewrite, where: str) -> None:
     """Refuse a pass or an option that does not exist. Values are checked by the pass itself."""
-    known = sorted(PASSES.keys() - _NOT_IN_RECIPES)
+    known = sorted(PASSES.keys() - ADDED_BY_KVANT)
     if rewrite.name not in known:
         raise KvantError(
             "unknown-pass",
@@ -226,8 +242,14 @@ def _read(recipe: str | Path) -> tuple[str, str]:
 
 
 def _refusal(error: ValidationError, where: str) -> KvantError:
-    """Turn the first problem pydantic found into our own error."""
-    problem = error.errors()[0]
+    """Turn the first problem pydantic found into our own error.
+
+    Where a table lacks a key and has one too many, the latter is likely the former, misspelt.
+    """
+    problems = error.errors()
+    table = problems[0]["loc"][:-1]
+    unknown = [p for p in problems if p["type"] == "extra_forbidden" and p["loc"][:-1] == table]
+    problem = unknown[0] if unknown and problems[0]["type"] == "missing" else problems[0]
     tags = {"bf16", "f16", "f32", "int", "bfp"}
     place = ".".join(str(p) for p in problem["loc"] if p not in tags)
     if problem["type"] == "extra_forbidden":
@@ -243,7 +265,7 @@ def _refusal(error: ValidationError, where: str) -> KvantError:
         "recipe-value",
         f"{place}: {problem['msg'][0].lower()}{problem['msg'][1:]}{given}",
         where=where,
-        fix="see `kvant show recipes` for working examples",
+        fix="docs/recipes.md lists every key",
     )
 
 

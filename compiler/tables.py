@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
+import numpy as np
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -133,20 +134,52 @@ def bench_tables(rows: Sequence[Mapping[str, Any]]) -> None:
     for row in rows:
         times = {"kvant": row["ms"]} | row["peers"]
         cells = [
-            (name, f"{ms:.3f}", f"{ms / row['ms']:.2f}")
+            (name, f"{ms:.3f}", "" if name == "kvant" else f"{ms / row['ms']:.2f}x")
             for name, ms in sorted(times.items(), key=lambda item: item[1])
         ]
         title = (
             f"{row['recipe']} {row['shape']}, {row['target']}: context {row['context']:,}, "
             f"batch {row['batch']}, threads {row['threads']}"
         )
-        table(title, cells, ("who", "ms (median)", "times ours"))
+        table(title, cells, ("who", "ms (median)", "slower than kvant by"))
         print(
             f"{row['ms_min']:.3f} to {row['ms_max']:.3f} ms, "
             f"{row['gigabytes_per_second']:.1f} GB/s of {row['bytes']:,} packed bytes, "
             f"{1e9 * row['context'] * row['batch'] / row['bytes']:,.0f} tokens of this layer "
             f"per GB, max error {row['max_error']:.1e}\n"
         )
-    for batch, context in pays_from(rows).items():
-        found = "not in the measured range" if context is None else f"from {context:,} tokens on"
-        print(f"faster than the best peer at batch {batch}: {found}")
+    for batch in pays_from(rows):
+        print(f"batch {batch}: {pays_words([row for row in rows if row['batch'] == batch])}")
+
+
+def pays_words(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return where we are faster than the best peer, in words, from the rows of one batch size."""
+    if not any(row["peers"] for row in rows):
+        return "no peer to compare with"
+    (begin,) = pays_from(rows).values()
+    contexts = [row["context"] for row in rows]
+    if begin is None:
+        return f"slower than the best peer at {max(contexts):,} tokens, the longest context timed"
+    if begin == min(contexts):
+        return f"faster than the best peer at every context timed (from {begin:,} tokens)"
+    return f"faster than the best peer from {begin:,} tokens on"
+
+
+def verify_rows(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what to say of a verification, from the keys of `kvant verify`."""
+    shares = {name: result[f"{name}_share"] for name in ("stored", "computed")}
+    rows = {
+        name.replace("_", " "): value
+        for name, value in result.items()
+        if value != {} and not name.endswith("_share")
+    }
+    return rows | {
+        "largest error, as a share of what is allowed": ", ".join(
+            f"{name} {_decimal(share)}" for name, share in shares.items()
+        )
+    }
+
+
+def _decimal(value: float) -> str:
+    """Return a number with two digits that count, and no exponent."""
+    return np.format_float_positional(value, precision=2, fractional=False, trim="-")
