@@ -20,13 +20,14 @@ SHAPE = kvant.Shape(heads=32, kv_heads=8, head_dim=128)
 OUT = Path(__file__).resolve().parent.parent / "docs" / "results.md"
 HEAD = """# Every recipe on one page
 
-Made by `python bench/recipes.py`. SmolLM2-135M, 1,024 tokens of prompt, then 512 scored in blocks of 64 that
-read the packed cache; {full:.3f} is the perplexity of the unquantized model on the same tokens. Bits
-are those of the whole cache at 4,096 tokens: codes, scales, raw tail, page table. The last column is one
-layer of 32x8x128 at context 4,096, one thread, interleaved: time of the best of torch's SDPA (fp32 and bf16,
-group by flag and folded) over ours.
+Made by `python bench/recipes.py`. SmolLM2-135M, 1,024 tokens of prompt, then 512 scored in blocks
+of 64 that read the packed cache; {full:.3f} is the perplexity of the unquantized model on the same
+tokens. Bits are those of a whole cache of 4,096 tokens: codes, scales, raw tail, page table. The
+last column is one layer of 32x8x128 at context 4,096, one thread, interleaved: time of the best of
+torch's SDPA (fp32 and bf16, group by flag and folded) over ours.
 
-| recipe | bits per element | bf16 is larger by | perplexity | KL (95 % interval) | same first choice | faster than torch by |
+| recipe | bits per element | bf16 is larger by | perplexity | KL (95 % interval) \
+| same first choice | faster than torch by |
 |---|---|---|---|---|---|---|
 """
 
