@@ -18,7 +18,7 @@ from .cli import QUIET
 from .driver import compile
 from .facts import facts_of
 from .generation import generate
-from .quality import Quality, evaluate
+from .quality import Quality, evaluate, interval
 from .report import write_report
 from .tables import artifact_rows, quality_rows, table, working
 from .texts import demo_text
@@ -48,8 +48,9 @@ def main() -> None:
         quality = evaluate(artifact, source, demo_text(), tokens=512)
         say("generating 120 tokens")
         generated = generate(artifact, source, PROMPT, 120)
-    rows = _rows(artifact, quality, generated, compiled)
-    report = _report(artifact, quality, generated, rows)
+    facts = facts_of(artifact)
+    rows = _rows(artifact, facts, quality, generated, compiled)
+    report = _report(facts, quality, generated, rows)
     table(f"SmolLM2-135M, {artifact.recipe}, this CPU", rows)
     console = Console(highlight=False)
     console.print(f"[dim]{escape(PROMPT)}[/]{escape(generated['text'])}\n")
@@ -57,10 +58,14 @@ def main() -> None:
 
 
 def _rows(
-    artifact: Any, quality: Quality, generated: dict[str, Any], compiled: float
+    artifact: Any,
+    found: dict[str, Any],
+    quality: Quality,
+    generated: dict[str, Any],
+    compiled: float,
 ) -> list[tuple[str, str]]:
     """Return what the demo found: the artifact's own facts first, then what was measured."""
-    facts = artifact_rows(facts_of(artifact))
+    facts = artifact_rows(found)
     # Bits and bytes come from the evaluation: they are of the cache that was measured.
     measured = quality_rows(
         quality.to_json() | {"cache_bytes_full": artifact.full_bytes_per_token()}
@@ -72,23 +77,46 @@ def _rows(
     return [*measured.items(), ("smaller than bf16", facts["smaller than bf16"]), *made.items()]
 
 
+def judged(quality: Quality) -> str:
+    """Return one sentence that judges an evaluation from its numbers.
+
+    The noise is half the 95 % interval of the mean difference of the two losses: what another text
+    of the same length may move the result by.
+    """
+    moved = quality.nll_kvant - quality.nll_full
+    low, high = interval(moved)
+    mean, noise = float(moved.mean()), (high - low) / 2
+    within = "within" if abs(mean) <= noise else "outside"
+    return (
+        f"Perplexity moved by {np.expm1(mean):+.2%}, which is {within} the noise of "
+        f"{np.expm1(noise):.2%} (half the 95 % interval over {len(moved):,} tokens), and both "
+        f"models prefer the same next token at {quality.agrees.mean():.1%} of the positions."
+    )
+
+
 def _report(
-    artifact: Any, quality: Quality, generated: dict[str, Any], rows: list[tuple[str, str]]
+    facts: dict[str, Any],
+    quality: Quality,
+    generated: dict[str, Any],
+    rows: list[tuple[str, str]],
 ) -> Path:
     positions = np.arange(len(quality.kl)) + quality.prompt
     loss = np.stack([positions, quality.nll_kvant - quality.nll_full])
     return write_report(
         FOLDER / "report.html",
-        f"SmolLM2-135M with {artifact.recipe}",
-        {
-            "In short": rows,
-            "Artifact": [(k, str(v)) for k, v in artifact.show().items() if k != "kernels"],
-            "Generated": [(PROMPT, generated["text"])],
-        },
+        f"SmolLM2-135M with {facts['recipe']}",
+        {"In short": rows, "Artifact": list(artifact_rows(facts).items())},
         {
             "KL by position": ("position", "KL, nats", np.stack([positions, quality.kl])),
             "Loss of the quantized model minus the other": ("position", "nats", loss),
         },
+        lead=judged(quality),
+        notes={
+            "Artifact": f"Bits and bytes of the artifact are computed for a cache of "
+            f"{facts['context']:,} tokens; those measured above are of a cache of "
+            f"{quality.summary['context']:,}. Raw tokens weigh more in a shorter cache."
+        },
+        texts={"Generated": (PROMPT, generated["text"])},
     )
 
 

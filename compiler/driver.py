@@ -102,9 +102,7 @@ def compile(
     path = Path(out or f"{captured.name}-{chosen.name}.kvant")
     refuse_existing(path)
     clock.stage("rewrite")
-    variants = rewrite(
-        captured, chosen, dump_ir or DUMP_IR.get(), recipes.place(recipe, chosen.name)
-    )
+    variants = rewrite(captured, chosen, dump_ir or DUMP_IR.get(), recipes.place(recipe, chosen))
     constants = _constants(clock, variants, source, text)
     plans, binaries = _kernels(clock, variants, resolved)
     clock.stage("write")
@@ -239,7 +237,7 @@ def rewrite(
 
     Raises: KvantError if a pass changes no graph at all, or a rule matches nothing.
     """
-    where = where or recipes.place(recipe, recipe.name)
+    where = where or recipes.place(recipe, recipe)
     streams = recipes.streams_of(recipe, len(model.layers), where)
     groups: dict[Any, list[Layer]] = {}
     for layer, (k, v) in zip(model.layers, streams, strict=True):

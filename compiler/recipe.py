@@ -161,11 +161,11 @@ def load(recipe: str | Path | Recipe) -> tuple[Recipe, str]:
     return loaded, text
 
 
-def place(recipe: str | Path | Recipe, name: str) -> str:
-    """Return how errors name a recipe: a file by its path, any other by the recipe's name."""
-    if isinstance(recipe, str | Path) and Path(recipe).suffix == ".toml":
-        return str(recipe)
-    return f"recipe {name}"
+def place(given: str | Path | Recipe, recipe: Recipe) -> str:
+    """Return how errors name a recipe: by its file if one was given, else by its name."""
+    if isinstance(given, str | Path) and Path(given).suffix == ".toml":
+        return str(given)
+    return f"recipe {recipe.name}"
 
 
 def parse(data: dict[str, Any], where: str) -> Recipe:

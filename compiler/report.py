@@ -16,6 +16,10 @@ def write_report(
     title: str,
     tables: Mapping[str, list[tuple[str, str]]],
     curves: Mapping[str, tuple[str, str, np.ndarray]],
+    *,
+    lead: str = "",
+    notes: Mapping[str, str] | None = None,
+    texts: Mapping[str, tuple[str, str]] | None = None,
 ) -> Path:
     """Write the report and return its path.
 
@@ -24,6 +28,9 @@ def write_report(
         title: headline.
         tables: heading -> rows of (name, value).
         curves: heading -> (x label, y label, array [2, N] of x and y).
+        lead: one sentence that judges the result.
+        notes: heading of a table -> what to know about it.
+        texts: heading -> (prompt, what a model wrote after it).
     """
     from jinja2 import Environment
 
@@ -31,7 +38,10 @@ def write_report(
     plots = {heading: _plot(*curve) for heading, curve in curves.items()}
     page = Environment(autoescape=True).from_string(template)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page.render(title=title, tables=tables, plots=plots), encoding="utf-8")
+    html = page.render(
+        title=title, lead=lead, tables=tables, notes=notes or {}, texts=texts or {}, plots=plots
+    )
+    path.write_text(html, encoding="utf-8")
     return path
 
 

@@ -181,5 +181,7 @@ def verify_rows(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _decimal(value: float) -> str:
-    """Return a number with two digits that count, and no exponent."""
+    """Return a share with two digits that count, and no exponent."""
+    if 0.0 < value < 1e-5:
+        return "under 0.00001"
     return np.format_float_positional(value, precision=2, fractional=False, trim="-")

@@ -299,6 +299,9 @@ BAD: dict[str, Callable[[Box], object]] = {
     "unknown key of a pass": lambda box: box.compile(
         recipe=box.recipe(SMOOTH.replace('"smooth-k"', '"smooth-k"\nalfa = 0.5'))
     ),
+    "a recipe under the name of one of ours": lambda box: box.compile(
+        recipe=box.recipe(RECIPE.replace('"mine"', '"kivi-4bit"'))
+    ),
     "a rule that matches no layer": lambda box: box.compile(
         recipe=box.recipe(RECIPE + f'[[rule]]\nlayers = "7-9"\n[rule.k]\n{INT4}')
     ),

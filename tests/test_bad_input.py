@@ -63,10 +63,16 @@ REFUSALS: dict[str, tuple[str, str, str, str]] = {
         "<folder>/mine.toml: rewrite 1, pass smooth-k",
         "did you mean alpha? known keys: pass, alpha",
     ),
+    "a recipe under the name of one of ours": (
+        "recipe-name",
+        "the name 'kivi-4bit' belongs to a recipe of kvant with other content",
+        "<folder>/mine.toml",
+        "give your recipe a name of its own",
+    ),
     "a rule that matches no layer": (
         "rule-matches-nothing",
         "layers '7-9' match none of the model's 2 layers",
-        "recipe mine: rule 1",
+        "<folder>/mine.toml: rule 1",
         "name layers from 0 to 1, or remove the rule",
     ),
     "a group that does not divide": (
@@ -78,7 +84,7 @@ REFUSALS: dict[str, tuple[str, str, str, str]] = {
     "an encoding that would quantize nothing": (
         "quantizes-nothing",
         "every layer keeps its keys and values as they are",
-        "recipe mine",
+        "<folder>/mine.toml",
         "give k or v a format with fewer bits",
     ),
     "unsupported head size of a rotation": (

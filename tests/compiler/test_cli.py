@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 import kvant
-from kvant.compiler import cli, extras, listing
+from kvant.compiler import cli, extras, listing, tables
 from kvant.ir.errors import KvantError
 
 WORDS = "the of and to in a is that it was for on are as with his they at be this".split()
@@ -136,6 +137,48 @@ def test_verify(line: Line, artifact: Path) -> None:
     assert result["computed_share"] <= 1.0
     out, _ = line("verify", artifact)
     assert "verified: everything agrees" in out
+    assert re.search(r"share of what is allowed  +stored [u0][\w .]*, computed ", out)
+    assert "share  " not in out
+
+
+def test_shares_are_shown_without_an_exponent() -> None:
+    result = {"cases": 5, "passed_over": {}, "stored_share": 0.0, "computed_share": 0.0000834}
+    error = "largest error, as a share of what is allowed"
+    assert tables.verify_rows(result) == {"cases": 5, error: "stored 0, computed 0.000083"}
+    tiny = tables.verify_rows(result | {"stored_share": 3e-9})
+    assert tiny[error] == "stored under 0.00001, computed 0.000083"
+
+
+def timed(context: int, ms: float, *peers: float) -> dict[str, Any]:
+    names = (str(i) for i in range(len(peers)))
+    return {"batch": 1, "context": context, "ms": ms, "peers": dict(zip(names, peers, strict=True))}
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        (
+            [timed(4096, 1, 2, 3), timed(8192, 1, 2)],
+            "faster than the best peer at every context timed (from 4,096 tokens)",
+        ),
+        ([timed(4096, 2, 1), timed(8192, 1, 2)], "faster than the best peer from 8,192 tokens on"),
+        (
+            [timed(4096, 1, 2), timed(8192, 2, 3, 1)],
+            "slower than the best peer at 8,192 tokens, the longest context timed",
+        ),
+        ([timed(4096, 1)], "no peer to compare with"),
+    ],
+)
+def test_where_it_pays_in_words(rows: list[dict[str, Any]], words: str) -> None:
+    assert tables.pays_words(rows) == words
+
+
+def test_what_kvant_adds_itself_is_no_option_of_a_recipe(line: Line) -> None:
+    rows = {row["name"]: row for row in line.json("show", "passes")}
+    added = [name for name, row in rows.items() if row["does"].endswith(" (added by kvant)")]
+    assert added == ["store", "dead-code"]
+    assert [rows[name]["options"] for name in added] == ["", ""]
+    assert rows["smooth-k"]["options"] == "alpha: float = 0.5"
 
 
 def test_eval(line: Line, artifact: Path, tiny: Path, text: Path) -> None:
@@ -167,7 +210,9 @@ def test_bench(line: Line, artifact: Path) -> None:
     assert [row["context"] for row in rows] == [8, 16]
     out, _ = line("bench", artifact, *options)
     assert "int8-token 6x2x16, reference: context 8, batch 1, threads 1" in out
-    assert "faster than the best peer at batch 1: " in out
+    assert "slower than kvant by" in out
+    assert re.search(r"enable_gqa +\d+\.\d{3} +\d+\.\d{2}x", out)
+    assert re.search("^batch 1: (faster|slower) than the best peer ", out, re.MULTILINE)
     assert "tokens of this layer per GB" in out
 
 

@@ -1,5 +1,7 @@
 """Recipes are data, and silence is a bug."""
 
+import inspect
+import re
 import tomllib
 from pathlib import Path
 
@@ -8,6 +10,9 @@ import pytest
 from kvant.compiler import recipe as recipes
 from kvant.ir.encodings import Bfp, Int, Tokens
 from kvant.ir.errors import KvantError
+from kvant.passes import PASSES
+
+DOCS = Path(recipes.__file__).parents[1] / "docs" / "recipes.md"
 
 BASE = {
     "name": "mine",
@@ -102,6 +107,69 @@ def test_unknown_key_in_a_stream() -> None:
     assert error.what == "unknown key 'gruop'"
     assert error.where == "mine.toml: k.gruop"
     assert error.fix.startswith("did you mean group? known keys: sink, recent, flush, format")
+
+
+def test_a_key_misspelt_is_said_before_the_key_that_is_missed() -> None:
+    stream = {k: v for k, v in BASE["k"].items() if k != "bits"} | {"bit": 4}
+    error = refusal(BASE | {"k": stream})
+    assert (error.code, error.what) == ("unknown-key", "unknown key 'bit'")
+    assert error.where == "mine.toml: k.bit"
+    assert error.fix.startswith("did you mean bits? known keys: ")
+
+
+def test_an_unknown_key_of_another_table_does_not_hide_what_is_missing() -> None:
+    stream = {k: v for k, v in BASE["k"].items() if k != "bits"}
+    error = refusal(BASE | {"k": stream, "v": BASE["v"] | {"bit": 4}})
+    assert str(error) == (
+        "k.bits: field required\n"
+        "  where: mine.toml\n"
+        "  fix: docs/recipes.md lists every key  [recipe-value]"
+    )
+
+
+def test_a_file_may_not_call_another_recipe_by_the_name_of_ours(tmp_path: Path) -> None:
+    ours, text = recipes.load("kivi-4bit")
+    file = tmp_path / "mine.toml"
+    file.write_text("# the same\n" + text)
+    assert recipes.load(file)[0] == ours
+    file.write_text(text.replace("bits = 4", "bits = 8"))
+    with pytest.raises(KvantError) as caught:
+        recipes.load(file)
+    assert str(caught.value) == (
+        "the name 'kivi-4bit' belongs to a recipe of kvant with other content\n"
+        f"  where: {file}\n"
+        "  fix: give your recipe a name of its own  [recipe-name]"
+    )
+
+
+def test_errors_name_the_file_of_a_recipe(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    recipe, _ = recipes.load("kivi-4bit")
+    assert recipes.place(file, recipe) == recipes.place(str(file), recipe) == str(file)
+    assert recipes.place("kivi-4bit", recipe) == "recipe kivi-4bit"
+    assert recipes.place(recipe, recipe) == "recipe kivi-4bit"
+
+
+def test_the_example_of_the_docs_does_what_its_heading_says() -> None:
+    (example,) = re.findall(r"```toml\n(.*?)```", DOCS.read_text(), re.DOTALL)
+    recipe = recipes.parse(tomllib.loads(example), "docs/recipes.md")
+    kivi, _ = recipes.load("kivi-2bit")
+    first, *rest, last = recipes.streams_of(recipe, 30, "docs/recipes.md")
+    assert set(rest) == {(kivi.k, kivi.v)}
+    for stream in (*first, *last):
+        assert recipes.tokens(stream, 64, "t") == Tokens(rest=Int(8, "token", 64, "none"))
+
+
+def test_the_docs_name_every_key_and_pass() -> None:
+    text = DOCS.read_text()
+    tables = (recipes.Recipe, recipes.RawStream, recipes.IntStream, recipes.BfpStream, recipes.Rule)
+    for key in {key for table in tables for key in table.model_fields} - {"k", "v"}:
+        assert re.search(rf"^\| `(\[\[)?{key}(\]\])?` ", text, re.MULTILINE), key
+    for name in PASSES.keys() - recipes.ADDED_BY_KVANT:
+        options = inspect.signature(PASSES[name].run).parameters.values()
+        for option in [p.name for p in options if p.kind is inspect.Parameter.KEYWORD_ONLY]:
+            assert f'| `"{name}"` | `{option}`' in text
+        assert f'| `"{name}"` | ' in text
 
 
 def test_unknown_option_of_a_pass() -> None:
