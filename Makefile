@@ -44,7 +44,7 @@ test-long: lint
 	$(BIN)/python -m pytest -q $(PARALLEL)
 
 golden: $(STAMP)
-	$(BIN)/python -m pytest -q tests/passes tests/targets --update-golden
+	KVANT_UPDATE_GOLDEN=1 $(BIN)/python -m pytest -q tests/passes/test_goldens.py tests/targets/test_cpu_source.py --update-golden
 
 bench: $(STAMP)
 	$(BIN)/kvant bench --shape 32x8x128 -r int4-token -t cpu --context 4096
