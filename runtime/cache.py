@@ -154,14 +154,18 @@ class Cache:
         if tokens == 0:
             return
         first, count = state.columns.valid(tokens, padding)
-        check_finite("k", new_k, first, count, where)
-        check_finite("v", new_v, first, count, where)
         length, columns = state.k.length + count, state.columns.grown(tokens, first, count)
         for stream in state.streams:
             make_room(stream, length)
         # Written past `length` and `encoded`: until these move, nothing has happened.
-        self.kernels.append(layer, state.k, new_k, first, count)
-        self.kernels.append(layer, state.v, new_v, first, count)
+        try:
+            self.kernels.append(layer, state.k, new_k, first, count)
+            self.kernels.append(layer, state.v, new_v, first, count)
+        except KvantError:
+            # The kernels look for NaN as they store; what was given is searched only after that.
+            check_finite("k", new_k, first, count, where)
+            check_finite("v", new_v, first, count, where)
+            raise
         k_end, v_end = self._encode_due(layer, state)
         state.k.encoded, state.v.encoded = k_end, v_end
         state.k.length, state.v.length, state.columns = length, length, columns

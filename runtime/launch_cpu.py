@@ -98,10 +98,10 @@ def _load(library: bytes, where: str) -> Any:
     """Load a shared library from memory that nobody can change any more."""
     # tvm-ffi would otherwise compile a helper for torch at import.
     os.environ.setdefault("TVM_FFI_DISABLE_TORCH_C_DLPACK", "1")
-    import tvm_ffi
-
     handle = os.memfd_create("kvant-kernels", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
+        import tvm_ffi
+
         with open(handle, "wb", closefd=False) as file:
             file.write(library)
         seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
@@ -112,7 +112,7 @@ def _load(library: bytes, where: str) -> Any:
             link = Path(folder) / "kernels.so"
             link.symlink_to(f"/proc/self/fd/{handle}")
             return tvm_ffi.load_module(str(link))
-    except (OSError, RuntimeError) as error:
+    except (ImportError, OSError, RuntimeError) as error:
         raise KvantError(
             "kernels-not-loaded",
             f"the kernels could not be loaded: {str(error).splitlines()[-1]}",
