@@ -146,3 +146,13 @@ def test_a_shape_is_compiled_aside_and_nothing_stays(
 def test_an_artifact_is_timed_from_its_folder(artifact: Any) -> None:
     rows = bench_artifact(str(artifact.path), "reference", [8], [1], 1)
     assert rows[0]["recipe"] == load(artifact.path).recipe
+
+
+@pytest.mark.long
+def test_int4_is_not_slower_than_the_best_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`kvant bench --shape 32x8x128 -r int4-token -t cpu --context 4096`, one thread."""
+    monkeypatch.setenv("KVANT_NUM_THREADS", "1")
+    shape = Shape(heads=32, kv_heads=8, head_dim=128)
+    (row,) = bench_shape(shape, "int4-token", "cpu", [4096], [1], threads=1)
+    assert len(row["peers"]) == 4
+    assert row["ms"] <= min(row["peers"].values()), row

@@ -52,6 +52,30 @@ def test_kivi_is_what_the_paper_says() -> None:
     assert v == Tokens(rest=Int(2, "token", 32, "float"), recent=128, flush="group")
 
 
+def per_head(bits: int, zero: str) -> Tokens:
+    return Tokens(rest=Int(bits, "token", 64, zero))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "rewrites", "both"),
+    [
+        ("int8-token", [], per_head(8, "none")),
+        ("int4-token", [], per_head(4, "float")),
+        ("quarot-kv4", ["hadamard-v", "hadamard-qk"], per_head(4, "float")),
+        ("qserve-kv4", ["smooth-k"], per_head(4, "float")),
+    ],
+)
+def test_token_recipes_are_what_they_say(name: str, rewrites: list[str], both: Tokens) -> None:
+    recipe, _ = recipes.load(name)
+    assert [r.name for r in recipe.rewrite] == rewrites
+    assert [recipes.tokens(s, 64, "t") for s in (recipe.k, recipe.v)] == [both, both]
+    assert recipe.compute == "int"
+
+
+def test_smoothing_takes_the_square_root_as_qserve_does() -> None:
+    assert recipes.load("qserve-kv4")[0].rewrite[0].options == {"alpha": 0.5}
+
+
 def test_ksort_is_what_the_paper_says() -> None:
     recipe, _ = recipes.load("ksort-bfp")
     assert [r.name for r in recipe.rewrite] == ["sort-k"]
