@@ -96,7 +96,7 @@ def write_artifact(
         plans: the distinct plans; plan i has the key "p<i>".
         constants: arrays by layer and short name, float32, float64 or int64.
         weight_edits: {"parameter", "ops"} in order; an op names its constant by full key.
-        weights: samples or digests of a few weights, to know the model again.
+        weights: samples of a few weights, to know the model again.
         targets: by requested target and plan key, what was built.
 
     Raises: KvantError "output-exists", "output-folder-missing" or "output-not-written"; nothing is
