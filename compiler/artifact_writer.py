@@ -83,6 +83,7 @@ def write_artifact(
     constants: Mapping[int, Mapping[str, np.ndarray]],
     weight_edits: Sequence[Mapping[str, Any]],
     weights: Mapping[str, Any],
+    calibration: str | None,
     targets: Mapping[str, Mapping[str, Build]],
 ) -> str:
     """Create the folder `out` and return the id of the artifact in it.
@@ -97,6 +98,7 @@ def write_artifact(
         constants: arrays by layer and short name, float32, float64 or int64.
         weight_edits: {"parameter", "ops"} in order; an op names its constant by full key.
         weights: samples of a few weights, to know the model again.
+        calibration: what to call the text that constants were calibrated on, if any.
         targets: by requested target and plan key, what was built.
 
     Raises: KvantError "output-exists", "output-folder-missing" or "output-not-written"; nothing is
@@ -119,6 +121,7 @@ def write_artifact(
             "tools": _tool_versions(),
             "model": _model(model) | {"weights": _plain(weights)},
             "recipe": recipe,
+            "calibration": calibration,
             "targets": table,
             "files": {name: _listed(data) for name, data in files.items()},
         }

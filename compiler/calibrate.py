@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from ..ir.errors import KvantError
 from ..ir.stats import LayerStats
 from .bind import ModelSource, need
+from .texts import name_of
 
 IMPLEMENTATION = "kvant-record"
 TOKENS = 1024
@@ -143,6 +144,11 @@ def calibrate(
                 # The head is not needed: statistics come from the layers alone.
                 model.base_model(batch, use_cache=False)
     return recorder.stats()
+
+
+def named(text: str | Sequence[int] | None) -> str:
+    """Return what an artifact says of the text that it was calibrated on."""
+    return f"text the model wrote itself, {TOKENS:,} tokens" if text is None else name_of(text)
 
 
 def token_ids(source: ModelSource, text: str | Sequence[int], least: int, what: str) -> list[int]:

@@ -1,6 +1,5 @@
 """compile(): a model, a recipe and targets become an artifact."""
 
-import difflib
 import json
 import sys
 import time
@@ -18,6 +17,7 @@ from ..ir.plan import AttentionPlan, plan_from_graph
 from ..ir.stats import LayerStats
 from ..passes import PASSES
 from ..passes.weight_edits import weight_edits
+from ..runtime.model_checks import sampled
 from . import recipe as recipes
 from .bind import ModelSource, open_model
 from .capture import Layer, Model, capture
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .artifact_writer import Build
 
 Progress = Callable[[str], None]
+_SAMPLED = 16  # weights of each layer that an artifact knows its model by
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,13 +98,12 @@ def compile(
     resolved = resolve_targets(targets)
     if out:
         refuse_existing(Path(out))
-    clock.stage("capture")
-    source, captured = _capture(model)
+    source, captured = _capture(clock, model)
     path = Path(out or f"{captured.name}-{chosen.name}.kvant")
     refuse_existing(path)
     clock.stage("rewrite")
     variants = rewrite(captured, chosen, dump_ir or DUMP_IR.get(), recipes.place(recipe, chosen))
-    constants = _constants(clock, variants, source, text)
+    constants, calibration = _constants(clock, variants, source, text)
     plans, binaries = _kernels(clock, variants, resolved)
     clock.stage("write")
     identity = write_artifact(
@@ -116,6 +116,7 @@ def compile(
         constants=constants,
         weight_edits=_edits(variants),
         weights=_sample(captured, source),
+        calibration=calibration,
         targets=binaries,
     )
     clock.stop()
@@ -131,16 +132,7 @@ def resolve_targets(names: Iterable[str]) -> dict[str, "Target"]:
     from ..targets import TARGETS, resolve
 
     found: dict[str, Target] = {}
-    known = ("cpu", *TARGETS)
     for name in (names,) if isinstance(names, str) else names:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 3, 0.4) or known
-            raise KvantError(
-                "unknown-target",
-                f"there is no target {name!r}",
-                where="the targets argument",
-                fix=f"did you mean: {', '.join(near)}? `kvant show targets` lists all",
-            )
         target = resolve(name)
         reason = target.available()
         if reason is not None:
@@ -157,7 +149,7 @@ def resolve_targets(names: Iterable[str]) -> dict[str, "Target"]:
             "no-target",
             "no target is named",
             where="the targets argument",
-            fix=f"name at least one of: {', '.join(known)}",
+            fix=f"name at least one of: {', '.join(('cpu', *TARGETS))}",
         )
     return found
 
@@ -208,11 +200,12 @@ def _kernel_dump(plan: AttentionPlan, place: Path) -> Callable[[str, Any], None]
     return dump
 
 
-def _capture(model: Any) -> tuple[ModelSource | None, Model]:
+def _capture(clock: Clock, model: Any) -> tuple[ModelSource | None, Model]:
     """Return where the weights come from (nowhere for a shape), and the captured model.
 
     The captured graphs are compared with the model itself on small random weights.
     """
+    clock.stage("capture")
     if isinstance(model, Shape):
         return None, shape_model(model)
     source = model if isinstance(model, ModelSource) else open_model(model)
@@ -322,8 +315,8 @@ def _refuse_without_weights(variants: tuple[Variant, ...]) -> None:
 
 def _calibrate(
     clock: Clock, source: ModelSource | None, variants: tuple[Variant, ...], text: str | None
-) -> Mapping[int, LayerStats]:
-    """Return the statistics that the passes of a recipe ask for, or nothing."""
+) -> tuple[Mapping[int, LayerStats], str | None]:
+    """Return the statistics that the passes of a recipe ask for, and what to call their text."""
     wanting = {
         trace.name
         for variant in variants
@@ -331,11 +324,11 @@ def _calibrate(
         if PASSES[trace.name].needs_stats(trace.options)
     }
     if not wanting or source is None:
-        return {}
-    from .calibrate import calibrate
+        return {}, None
+    from .calibrate import calibrate, named
 
     clock.stage("calibrate")
-    return calibrate(source, text)
+    return calibrate(source, text), named(text)
 
 
 class _LayerWeights(Mapping[str, np.ndarray]):
@@ -359,11 +352,11 @@ class _LayerWeights(Mapping[str, np.ndarray]):
 
 def _constants(
     clock: Clock, variants: tuple[Variant, ...], source: ModelSource | None, text: str | None
-) -> dict[int, dict[str, np.ndarray]]:
-    """Return what each pass computes from weights and statistics, per layer."""
+) -> tuple[dict[int, dict[str, np.ndarray]], str | None]:
+    """Return by layer what each pass computes from weights and statistics; and the text's name."""
     if source is None:
         _refuse_without_weights(variants)
-    stats = _calibrate(clock, source, variants, text)
+    stats, name = _calibrate(clock, source, variants, text)
     clock.stage("constants")
     made: dict[int, dict[str, np.ndarray]] = {}
     for variant in variants:
@@ -379,7 +372,7 @@ def _constants(
                 if definition.check_constants is not None and trace.changed:
                     definition.check_constants(trace.after, own)
             made[layer.index] = own
-    return made
+    return made, name
 
 
 def _edits(variants: tuple[Variant, ...]) -> list[dict[str, Any]]:
@@ -392,7 +385,7 @@ def _edits(variants: tuple[Variant, ...]) -> list[dict[str, Any]]:
     return sorted(edits, key=lambda edit: str(edit["parameter"]))
 
 
-def _sample(model: Model, source: ModelSource | None, count: int = 16) -> dict[str, list[float]]:
+def _sample(model: Model, source: ModelSource | None) -> dict[str, list[float]]:
     """Return a few weights of each layer: enough to know the model again."""
     if source is None:
         return {}
@@ -401,7 +394,5 @@ def _sample(model: Model, source: ModelSource | None, count: int = 16) -> dict[s
         own = [n for n in source.names() if n.startswith(layer.prefix) and n.endswith("weight")]
         # The key projection; where projections are fused, the first weight there is.
         for name in sorted(own, key=lambda n: ".k_proj" not in n)[:1]:
-            flat = source.weight(name).reshape(-1)
-            step = max(1, flat.size // count)
-            samples[name] = [float(value) for value in flat[::step][:count]]
+            samples[name] = list(sampled(source.weight(name).reshape(-1), _SAMPLED))
     return samples

@@ -29,6 +29,7 @@ from ..ir.errors import KvantError
 from ..ir.plan import AttentionPlan, StreamPlan
 from .bind import ModelSource, need
 from .calibrate import token_ids
+from .texts import name_of
 
 if TYPE_CHECKING:
     from ..runtime.artifact import Artifact
@@ -123,7 +124,8 @@ def evaluate(
         block: tokens of a forward pass after the prompt.
         context: tokens of a window at most, prompt included.
 
-    Raises: KvantError "too-little-text", "bad-protocol", or what `attach` refuses.
+    Raises: KvantError "too-little-text", "text-not-held-out", "bad-protocol", or what `attach`
+        refuses.
     """
     torch = need("torch", "transformers")
     from transformers import DynamicCache
@@ -131,6 +133,7 @@ def evaluate(
     from ..runtime.huggingface import attach, detach
 
     protocol = _protocol(source, tokens, prompt, block, context)
+    name = _held_out(artifact, text)
     ids = token_ids(source, text, protocol.needed, "the evaluation")
     model = source.load("float32")
     vocabulary = int(model.config.get_text_config().vocab_size)
@@ -146,7 +149,7 @@ def evaluate(
         finally:
             detach(model)
     return Quality(
-        summary=_summary(scores, artifact, protocol) | {"kl_noise_floor": noise},
+        summary=_summary(scores, artifact, protocol) | {"kl_noise_floor": noise, "text": name},
         kl=scores.kl,
         nll_full=scores.nll_full,
         nll_kvant=scores.nll,
@@ -168,6 +171,19 @@ def _protocol(source: ModelSource, tokens: int, prompt: int, block: int, context
             fix="give positive numbers, and a prompt shorter than the context",
         )
     return Protocol(prompt, block, min(room, tokens), tokens)
+
+
+def _held_out(artifact: "Artifact", text: str | Sequence[int]) -> str:
+    """Return what to call the text, unless the artifact was calibrated on it."""
+    name = name_of(text)
+    if name == artifact.calibration:
+        raise KvantError(
+            "text-not-held-out",
+            f"the artifact was calibrated on this very text ({name})",
+            where="the evaluation text",
+            fix="evaluate on another text, or compile with another one",
+        )
+    return name
 
 
 def _on_disk(file: Any, tokens: int, vocabulary: int) -> NDArray[np.float32]:
@@ -286,16 +302,13 @@ def _noise_floor(
 def _summary(
     scores: _Scores, artifact: "Artifact", protocol: Protocol
 ) -> dict[str, float | int | str]:
-    low, high = interval(scores.kl)
     elements = sum(s.heads * s.channels for plan in artifact.plans for s in (plan.k, plan.v))
     return {
-        "perplexity_full": float(np.exp(scores.nll_full.mean())),
-        "perplexity": float(np.exp(scores.nll.mean())),
-        "kl_mean": float(scores.kl.mean()),
-        "kl_mean_low": low,
-        "kl_mean_high": high,
-        "kl_p99": float(np.quantile(scores.kl, 0.99)),
-        "top1": float(scores.agrees.mean()),
+        **_with_interval("perplexity_full", scores.nll_full, perplexity),
+        **_with_interval("perplexity", scores.nll, perplexity),
+        **_with_interval("kl_mean", scores.kl, mean),
+        **_with_interval("kl_p99", scores.kl, p99),
+        **_with_interval("top1", scores.agrees.astype(np.float64), mean),
         "bits_per_element": 8.0 * scores.bytes / (scores.length * elements),
         "packed_share": packed_share(artifact.plans, protocol),
         "cache_bytes_per_token": scores.bytes / scores.length,
@@ -306,20 +319,44 @@ def _summary(
     }
 
 
-def interval(values: Floats, seed: int = 0) -> tuple[float, float]:
-    """Return the 95 % bootstrap interval of a mean, by runs of neighbouring values.
+Statistic: TypeAlias = Callable[[Floats], float]
+
+
+def mean(values: Floats) -> float:
+    """Return the mean."""
+    return float(values.mean())
+
+
+def perplexity(losses: Floats) -> float:
+    """Return exp of the mean loss."""
+    return float(np.exp(losses.mean()))
+
+
+def p99(values: Floats) -> float:
+    """Return the 99th percentile."""
+    return float(np.quantile(values, 0.99))
+
+
+def _with_interval(name: str, values: Floats, statistic: Statistic) -> dict[str, float]:
+    """Return a statistic of all tokens with its interval: <name>, <name>_low, <name>_high."""
+    low, high = interval(values, statistic)
+    return {name: statistic(values), f"{name}_low": low, f"{name}_high": high}
+
+
+def interval(values: Floats, statistic: Statistic = mean, seed: int = 0) -> tuple[float, float]:
+    """Return the 95 % bootstrap interval of a statistic, by runs of neighbouring values.
 
     Args:
-        values: one for each token, in order.
+        values: f64[n], one for each token, in order.
+        statistic: of an array like it.
         seed: of the resampling.
     """
     run = max(1, min(_RUN, len(values) // 8))
-    edges = np.arange(0, len(values), run)
-    sums = np.add.reduceat(values, edges)
-    counts = np.diff(np.append(edges, len(values)))
-    drawn = np.random.default_rng(seed).integers(0, len(sums), (_RESAMPLES, len(sums)))
-    means = sums[drawn].sum(1) / counts[drawn].sum(1)
-    low, high = np.quantile(means, (0.025, 0.975))
+    count = -(-len(values) // run)
+    begins = np.random.default_rng(seed).integers(0, len(values), (_RESAMPLES, count, 1))
+    drawn = (begins + np.arange(run)).reshape(_RESAMPLES, -1) % len(values)
+    found = [statistic(values[row]) for row in drawn[:, : len(values)]]
+    low, high = np.quantile(found, (0.025, 0.975))
     return float(low), float(high)
 
 

@@ -88,6 +88,7 @@ def artifact_rows(facts: Mapping[str, Any]) -> dict[str, str]:
     rows = {
         "model": f"{facts['model']}, {facts['layers']} layers",
         "recipe": facts["recipe"],
+        "calibrated on": facts["calibration"] or "nothing",
         "targets": ", ".join(facts["targets"]),
         "bits per element": f"{facts['bits_per_element']:.2f} at {facts['context']:,} tokens "
         "(bf16: 16)",
@@ -115,17 +116,18 @@ def quality_rows(q: Mapping[str, Any]) -> dict[str, str]:
     packed, full = q["cache_bytes_per_token"], q.get("cache_bytes_full")
     times = f" (bf16: {full:,}, {full / packed:.1f} times as much)" if full else ""
     return {
-        "perplexity": f"{q['perplexity']:.3f} (unquantized: {q['perplexity_full']:.3f})",
+        "perplexity": f"{q['perplexity']:.3f} (unquantized: {q['perplexity_full']:.3f}, "
+        f"95 % of such texts {q['perplexity_full_low']:.1f} to {q['perplexity_full_high']:.1f})",
         "KL(unquantized || quantized)": f"{q['kl_mean']:.4f} "
         f"({q['kl_mean_low']:.4f} to {q['kl_mean_high']:.4f}; p99 {q['kl_p99']:.3f}; "
         f"noise floor {q['kl_noise_floor']:.4f})",
-        "same first choice": f"{q['top1']:.1%}",
+        "same first choice": f"{q['top1']:.1%} ({q['top1_low']:.1%} to {q['top1_high']:.1%})",
         "bits per element": f"{q['bits_per_element']:.2f} (bf16: 16)",
         "cache bytes per token": f"{packed:,.0f}{times}",
         "tokens per GB of cache": f"{1e9 / packed:,.0f}"
         + (f" (bf16: {1e9 / full:,.0f})" if full else ""),
         "read in packed form": f"{q['packed_share']:.0%} of the history",
-        "measured on": f"{q['tokens']} tokens, context {q['context']:,}",
+        "measured on": f"{q['tokens']} tokens of {q['text']}; context {q['context']:,}",
     }
 
 

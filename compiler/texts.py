@@ -5,12 +5,12 @@ text is stored here. Only running prose is kept: grammar, code, tables, headings
 say little about how well a model reads. The text differs a little between versions of Python.
 """
 
+import hashlib
+import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from ..ir.errors import KvantError
-
-DEMO_TEXT_NAME = "the prose of Python's language reference (pydoc_data.topics)"
 
 _NOT_PROSE = re.compile(r"::=|>>>|https?://|\.\. |\|\s|\t|^\[\d+\]|\*\*\*|====|----", re.MULTILINE)
 _NOT_NEWS = r"(?!Changed in version|New in version|Added in version|Deprecated since)"
@@ -35,6 +35,15 @@ def demo_text() -> str:
             fix="install the full standard library, or give a text file with --text",
         ) from None
     return prose(topics)
+
+
+def name_of(text: str | Sequence[int]) -> str:
+    """Return what to call a text or token ids in a record: size and the start of its sha256."""
+    if isinstance(text, str):
+        raw, size = text.encode(), f"{len(text):,} characters"
+    else:
+        raw, size = json.dumps([int(i) for i in text]).encode(), f"{len(text):,} tokens"
+    return f"{size}, sha256 {hashlib.sha256(raw).hexdigest()[:16]}"
 
 
 def prose(topics: Mapping[str, str]) -> str:

@@ -11,13 +11,12 @@ commute with.
 from collections.abc import Callable, Iterator
 
 from .graph import Graph, Op, Value
-from .maps import Gather, Hadamard, Map, Scale, dual
+from .maps import ONLINE, Gather, Hadamard, Map, Scale, dual
 from .text import print_attr
 
 Maps = tuple[Map, ...]
 Problem = tuple[int, str]  # the place of the op, what is wrong
 
-ONLINE = ("hadamard", "gather", "scale")
 _AHEAD = "keep it online after rope, with its dual on q"
 _ILLEGAL = {
     (Hadamard, "rms_norm"): f"a rotation does not commute with rms_norm; {_AHEAD}",
@@ -89,7 +88,7 @@ def undone(graph: Graph, value: Value) -> Maps | None:
     """Return the maps whose inverses are applied to attend's output; None where it is not seen."""
     online: Maps = ()
     while len(users := graph.users(value)) == 1 and users[0].name in ONLINE:
-        m, value = _map(graph, users[0]), users[0].result
+        m, value = map_of(graph, users[0]), users[0].result
         if isinstance(m, Gather):  # the inverse order is another constant
             return None
         online = (dual(m), *online)  # of these two kinds the dual is the inverse
@@ -114,11 +113,11 @@ def _chain(graph: Graph, value: Value, is_map: Callable[[Op], bool]) -> tuple[Ma
     """Return the maps that end in `value`, first one first, and the value before them."""
     maps: Maps = ()
     while is_map(op := graph.producer(value)):
-        maps, value = (_map(graph, op), *maps), op.args[0]
+        maps, value = (map_of(graph, op), *maps), op.args[0]
     return maps, value
 
 
-def _map(graph: Graph, op: Op) -> Map:
+def map_of(graph: Graph, op: Op) -> Map:
     """Return the map of an online op or a weight op; its constant by parameter name."""
     if op.name.startswith("hadamard"):
         shape = op.args[0].tensor.shape

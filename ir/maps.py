@@ -99,6 +99,8 @@ class Scale:
 Map: TypeAlias = Hadamard | Gather | Scale
 Constants: TypeAlias = Mapping[str, Array]
 
+ONLINE = ("hadamard", "gather", "scale")  # the ops that apply a map online
+
 
 def _check_name(name: str, kind: str) -> None:
     if not isinstance(name, str) or not name:
@@ -166,11 +168,6 @@ def apply(maps: Sequence[Map], x: Array, constants: Constants, repeat: int = 1) 
             values = _constant(m.values, y, constants, repeat)
             y = y / values if m.inverse else y * values
     return y
-
-
-def apply_dual(maps: Sequence[Map], q: Array, constants: Constants, repeat: int = 1) -> Array:
-    """Apply M^-T of k's maps to q, shape [..., Hq, T, D]; q head h uses kv head h // repeat."""
-    return apply([dual(m) for m in maps], q, constants, repeat)
 
 
 def apply_inverse(maps: Sequence[Map], x: Array, constants: Constants, repeat: int = 1) -> Array:

@@ -16,18 +16,18 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Any, Literal
 
+from .basis import map_of
 from .encodings import Bfp, Int, Raw, Tokens
 from .encodings.raw import check_choice, check_integer
 from .errors import KvantError
 from .graph import Graph, Op, Value
 from .layouts import PageLayout, page_tokens
-from .maps import Gather, Hadamard, Map, Scale
+from .maps import ONLINE, Gather, Hadamard, Map, Scale
 from .types import TensorType
 
 TABLE_BYTES = 8
 # Bits of the integer queries for each code width: the products of a dot then fit 32 bits.
 QUERY_BITS = {4: 8, 8: 16}
-MAP_OPS = ("hadamard", "gather", "scale")
 
 
 @dataclass(frozen=True, slots=True)
@@ -326,7 +326,7 @@ def _maps_before(graph: Graph, value: Value, repeat: int) -> tuple[Map, ...]:
     """Return the maps that end in `value`, first one first."""
     maps: list[Map] = []
     op = graph.producer(value)
-    while op.name in MAP_OPS:
+    while op.name in ONLINE:
         maps.append(_map(graph, op, repeat))
         op = graph.producer(op.args[0])
     return tuple(reversed(maps))
@@ -336,22 +336,19 @@ def _maps_after(graph: Graph, value: Value, repeat: int) -> tuple[Map, ...]:
     """Return the maps that begin at `value`, first one first."""
     maps: list[Map] = []
     users = graph.users(value)
-    while len(users) == 1 and users[0].name in MAP_OPS:
+    while len(users) == 1 and users[0].name in ONLINE:
         maps.append(_map(graph, users[0], repeat))
         users = graph.users(users[0].result)
     return tuple(maps)
 
 
 def _map(graph: Graph, op: Op, repeat: int) -> Map:
-    """Return a map operation as a map."""
-    if op.name == "hadamard":
-        return Hadamard(_head_shape(graph, op.args[0])[1])
-    constant = graph.producer(op.args[1])
-    if constant.name != "param" or op.attr("repeat") != repeat:
+    """Return the map of an online op; its constant must be one that an artifact can hold."""
+    constant = graph.producer(op.args[-1])
+    if op.name != "hadamard" and (constant.name != "param" or op.attr("repeat") != repeat):
         what = f"{op.name} by {constant.name} with repeat {op.attr('repeat')}"
         raise _unsupported(graph, what, f"use a parameter, and repeat {repeat}")
-    name = constant.attr_as("name", str)
-    return Gather(name) if op.name == "gather" else Scale(name, op.attr_as("inverse", bool))
+    return map_of(graph, op)
 
 
 def _unsupported(graph: Graph, what: str, fix: str) -> KvantError:

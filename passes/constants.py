@@ -20,6 +20,7 @@ from ..ir.stats import LayerStats
 from .sites import Path, Site, find_site, is_weight
 
 Maps = tuple[Map, ...]
+SORT_KEYS = ("weight", "rms")
 
 
 def need_site(graph: Graph) -> Site:
@@ -127,6 +128,11 @@ def named_array(name: str, constants: Mapping[str, Array], shape: tuple[int, ...
     if array.shape != shape:
         raise bad_constant(name, f"its shape is {array.shape}", f"use {shape}: heads, channels")
     return array
+
+
+def order_by(size: Array) -> Array:
+    """Return the channels of each head by ascending size, equal ones as they were, i64 [H, D]."""
+    return np.argsort(size, axis=-1, kind="stable").astype(np.int64)
 
 
 def check_order(name: str, constants: Mapping[str, Array], heads: int, width: int) -> None:

@@ -70,7 +70,7 @@ def check_head_size(width: int, graph: Graph) -> None:
         "unsupported-head-size",
         f"a head of {width} channels has no Walsh-Hadamard matrix here",
         where=f"graph @{graph.name}",
-        fix="leave the rotation out; legal head sizes are 2, 4, 8, 16, 32, 64, 128, 256, 512",
+        fix="leave the rotation out; legal head sizes are the powers of two",
     )
 
 

@@ -21,10 +21,9 @@ from typing import Literal
 from ..ir.encodings.tokens import Tokens
 from ..ir.errors import KvantError
 from ..ir.graph import Graph, Op, Value
-from ..ir.maps import Gather, Hadamard, Map, Scale
+from ..ir.maps import ONLINE, Map
 from ..ir.rewrite import Builder
 
-ONLINE = ("hadamard", "gather", "scale")
 WEIGHT_VIEWS = ("slice_rows", "transpose_w")
 WEIGHT_EDITS = (
     "scale_rows",
@@ -243,19 +242,6 @@ def with_folded(write: Op, path: Path, new: Map) -> tuple[Map, ...]:
     """Return the basis with one more folded map."""
     folded = folded_of(write, path)
     return (*folded, new, *basis_of(write)[len(folded) :])
-
-
-def maps_of(graph: Graph, online: tuple[Op, ...]) -> tuple[Map, ...]:
-    """Return ops that stay online as maps."""
-    maps: list[Map] = []
-    for op in online:
-        if op.name == "hadamard":
-            maps.append(Hadamard(int(str(op.result.tensor.shape[-1]))))
-            continue
-        name = graph.producer(op.args[1]).attr_as("name", str)
-        inverse = op.name == "scale" and op.attr_as("inverse", bool)
-        maps.append(Gather(name) if op.name == "gather" else Scale(name, inverse))
-    return tuple(maps)
 
 
 def is_weight(graph: Graph, value: Value) -> bool:

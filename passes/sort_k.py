@@ -14,27 +14,27 @@ post-RoPE; key = "rms" sorts by sqrt(E[k_c^2]) of calibration instead.
 from collections.abc import Mapping
 from typing import Literal
 
-import numpy as np
-
 from ..ir.arrays import Array
+from ..ir.basis import map_of
 from ..ir.graph import Graph, Op, Value
 from ..ir.maps import Gather
 from ..ir.rewrite import Builder, rewrite
 from ..ir.stats import LayerStats
 from ..ir.types import TensorType
 from .constants import (
+    SORT_KEYS,
     check_order,
     check_word,
     mapped,
     need_site,
     need_stats,
+    order_by,
     root_mean_square,
     row_norms,
 )
-from .sites import basis_of, check_once, emit_write, find_site, maps_of
+from .sites import basis_of, check_once, emit_write, find_site
 
 ORDER = "kvant.k_order"
-KEYS = ("weight", "rms")
 
 
 def sort_k(graph: Graph, *, key: Literal["weight", "rms"] = "weight") -> Graph:
@@ -47,7 +47,7 @@ def sort_k(graph: Graph, *, key: Literal["weight", "rms"] = "weight") -> Graph:
     Returns: the new graph; `graph` itself if it has no attention.
     Raises: KvantError ("already-applied", "bad-option").
     """
-    check_word("sort-k", "key", key, KEYS)
+    check_word("sort-k", "key", key, SORT_KEYS)
     site = find_site(graph)
     if site is None:
         return graph
@@ -83,15 +83,15 @@ def sort_k_constants(
 
     Raises: KvantError ("needs-stats", "needs-weights", "illegal-fold", "bad-option").
     """
-    check_word("sort-k", "key", key, KEYS)
+    check_word("sort-k", "key", key, SORT_KEYS)
     site = need_site(graph)
     if key == "rms":
         maps = basis_of(site.k_write)
         size = root_mean_square(site.k, maps, need_stats(stats, "sort-k"), weights)
     else:
-        rows = row_norms(graph, site.k, weights)
-        size = mapped(site.k, maps_of(graph, site.k.online), rows, weights)
-    return {ORDER: np.argsort(size, axis=-1, kind="stable").astype(np.int64)}
+        maps = tuple(map_of(graph, op) for op in site.k.online)
+        size = mapped(site.k, maps, row_norms(graph, site.k, weights), weights)
+    return {ORDER: order_by(size)}
 
 
 def check_sort_k(graph: Graph, constants: Mapping[str, Array]) -> None:

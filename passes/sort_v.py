@@ -13,19 +13,25 @@ Source: our own extension of K-sort (Trukhanov and Soloveychik, 2024), which sor
 from collections.abc import Mapping
 from typing import Literal
 
-import numpy as np
-
 from ..ir.arrays import Array
 from ..ir.graph import Graph, Op, Value
 from ..ir.maps import Gather
 from ..ir.rewrite import Builder, rewrite
 from ..ir.stats import LayerStats
 from ..ir.types import TensorType
-from .constants import check_order, check_word, need_site, need_stats, root_mean_square, row_norms
+from .constants import (
+    SORT_KEYS,
+    check_order,
+    check_word,
+    need_site,
+    need_stats,
+    order_by,
+    root_mean_square,
+    row_norms,
+)
 from .sites import check_once, emit_write, find_site, fold_into, fold_points, folded_of, with_folded
 
 ORDER = "kvant.v_order"
-KEYS = ("weight", "rms")
 
 
 def sort_v(graph: Graph, *, key: Literal["weight", "rms"] = "weight") -> Graph:
@@ -38,7 +44,7 @@ def sort_v(graph: Graph, *, key: Literal["weight", "rms"] = "weight") -> Graph:
     Returns: the new graph; `graph` itself if it has no attention.
     Raises: KvantError ("already-applied", "bad-option", "illegal-fold").
     """
-    check_word("sort-v", "key", key, KEYS)
+    check_word("sort-v", "key", key, SORT_KEYS)
     site = find_site(graph)
     if site is None:
         return graph
@@ -74,7 +80,7 @@ def sort_v_constants(
     key: Literal["weight", "rms"] = "weight",
 ) -> dict[str, Array]:
     """Return {"kvant.v_order"}: i64 [H, D], ascending. Arguments as in `sort_k_constants`."""
-    check_word("sort-v", "key", key, KEYS)
+    check_word("sort-v", "key", key, SORT_KEYS)
     site = need_site(graph)
     if key == "rms":
         size = root_mean_square(
@@ -82,7 +88,7 @@ def sort_v_constants(
         )
     else:
         size = row_norms(graph, site.v, weights)
-    return {ORDER: np.argsort(size, axis=-1, kind="stable").astype(np.int64)}
+    return {ORDER: order_by(size)}
 
 
 def check_sort_v(graph: Graph, constants: Mapping[str, Array]) -> None:

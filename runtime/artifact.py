@@ -85,6 +85,12 @@ class Artifact:
         """Name of the recipe."""
         return str(self.manifest["recipe"])
 
+    @property
+    def calibration(self) -> str | None:
+        """What the compiler calls the text that constants were calibrated on, if any."""
+        text = self.manifest["calibration"]
+        return None if text is None else str(text)
+
     def plan_of(self, layer: int) -> AttentionPlan:
         """Return the plan of one layer."""
         return self.plans[layer]
@@ -135,6 +141,7 @@ class Artifact:
             "id": self.id,
             "model": self.manifest["model"]["name"],
             "recipe": self.recipe,
+            "calibration": self.calibration,
             "targets": sorted(targets),
             "layers": self.layer_count,
             "bits_per_element": 8.0 * size / (elements * SHOWN_CONTEXT),

@@ -14,20 +14,17 @@ stored in packed form yet; the layer is then appended and flushed at once, so th
 one layer at a time is all that is ever held. Anything the cache cannot represent is refused.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Any, NoReturn
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.cache_utils import Cache as TransformersCache
 from transformers.cache_utils import CacheLayerMixin
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ..ir.errors import KvantError
-from ..ir.plan import AttentionPlan
+from .model_call import Call, check_call, check_keywords, prompt_attention
 from .model_checks import attention_modules, check_model
 from .model_edits import edit_weights, restore_weights
 from .padding import check_positions, padding_mask, refuse_mask, same_start, start_of
@@ -39,14 +36,6 @@ if TYPE_CHECKING:
 IMPLEMENTATION = "kvant"
 _LAYER = "_kvant_layer"  # the tag on k that names the layer
 _DEFAULT_MAX_TOKENS = 32768
-
-# Keywords of the attention call that do not change its result, or that are checked elsewhere.
-_KNOWN_KEYWORDS = frozenset(
-    "position_ids use_cache sliding_window softcap output_hidden_states output_router_logits "
-    "num_items_in_batch return_dict".split()
-)
-
-Keywords: TypeAlias = Mapping[str, Any]
 
 
 @dataclass(slots=True)
@@ -294,7 +283,7 @@ class KvantCache(TransformersCache):  # type: ignore[misc]
         )
 
     def attend(
-        self, layer: KvantLayer, q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, call: "Call"
+        self, layer: KvantLayer, q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, call: Call
     ) -> Tensor:
         """Append k and v, [B, H, T, D], and return the attention of q, as [B, T, Hq, Dv]."""
         if self.attachment.modules[layer.index] is not call.module:
@@ -306,7 +295,7 @@ class KvantCache(TransformersCache):  # type: ignore[misc]
             )
         index = layer.index
         plan = self.artifact.plans[index]
-        _check_call(plan, call, index)
+        check_call(plan, call, index)
         packed = self._open(layer, q, start, call)
         if layer.seen == 0 and plan.softcap is None:
             out = prompt_attention(q, k, v, start, call)
@@ -319,7 +308,7 @@ class KvantCache(TransformersCache):  # type: ignore[misc]
         layer.seen += q.shape[2]
         return out
 
-    def _open(self, layer: KvantLayer, q: Tensor, start: Tensor | None, call: "Call") -> "Cache":
+    def _open(self, layer: KvantLayer, q: Tensor, start: Tensor | None, call: Call) -> "Cache":
         """Return the packed cache; the first layer sees that this pass continues the last one."""
         if layer.index == 0:
             if any(other.seen != layer.seen for other in self.layers):
@@ -351,21 +340,6 @@ class KvantCache(TransformersCache):  # type: ignore[misc]
         return self.packed
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
-    """What a model passes to its attention function beside the tensors."""
-
-    module: nn.Module
-    scaling: float | None
-    keywords: Keywords
-
-    @property
-    def window(self) -> int | None:
-        """The newest tokens that a query sees, or none."""
-        window = self.keywords.get("sliding_window")
-        return None if window is None else int(window)
-
-
 def attention(
     module: nn.Module,
     query: Tensor,
@@ -382,7 +356,7 @@ def attention(
         layer.is_pending = False
     call = Call(module, scaling, keywords)
     start = start_of(attention_mask)
-    _check_keywords(call, dropout)
+    check_keywords(call, dropout)
     if layer is not None:
         return layer.owner.attend(layer, query, key, value, start, call), None
     if key.shape[2] != query.shape[2]:
@@ -394,72 +368,6 @@ def attention(
             fix="pass past_key_values=cache with the cache from attach, or detach the model",
         )
     return prompt_attention(query, key, value, start, call), None
-
-
-def prompt_attention(q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, call: Call) -> Tensor:
-    """Causal attention without history by the model's own SDPA, [B, T, Hq, Dv].
-
-    Rows with the same padding are computed together and without it, exactly as if each were alone.
-    Padded positions give zeros.
-    """
-    if start is None:
-        return _sdpa(q, k, v, call)
-    out = q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
-    for first in start.unique().tolist():
-        rows = (start == first).nonzero().flatten()
-        out[rows, first:] = _sdpa(q[rows, :, first:], k[rows, :, first:], v[rows, :, first:], call)
-    return out
-
-
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Tensor:
-    mask, tokens = None, q.shape[2]
-    if call.window is not None and tokens > call.window:
-        mask = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device)
-        mask = mask.tril().triu(1 - call.window)[None, None]
-    out, _ = sdpa_attention_forward(
-        call.module, q, k, v, mask, scaling=call.scaling, is_causal=mask is None
-    )
-    result: Tensor = out
-    return result
-
-
-def _check_keywords(call: Call, dropout: float) -> None:
-    """Refuse what would change the attention in a way that the packed cache does not know."""
-    where = f"attention of layer {getattr(call.module, 'layer_idx', '?')}"
-    given = {k: v for k, v in call.keywords.items() if v is not None and v is not False}
-    causal = call.keywords.get("is_causal") in (None, True)
-    unknown = sorted(given.keys() - _KNOWN_KEYWORDS - ({"is_causal"} if causal else set()))
-    if call.keywords.get("is_causal") is False:
-        unknown.append("is_causal=False")
-    if unknown:
-        raise KvantError(
-            "unsupported-keyword",
-            f"the model passes {', '.join(unknown)} to its attention",
-            where=where,
-            fix="call the model without it, or detach the model",
-        )
-    if dropout:
-        raise KvantError(
-            "training-mode",
-            f"the model asks for attention dropout of {dropout}",
-            where=where,
-            fix="call model.eval()",
-        )
-
-
-def _check_call(plan: AttentionPlan, call: Call, layer: int) -> None:
-    """Refuse a module whose scale, window or softcap are not those that were compiled."""
-    softcap = call.keywords.get("softcap")
-    scale = plan.scale if call.scaling is None else call.scaling
-    is_same = abs(scale - plan.scale) <= 1e-6 * abs(plan.scale)
-    if not is_same or call.window != plan.window or softcap != plan.softcap:
-        raise KvantError(
-            "wrong-structure",
-            f"the model attends with scale {scale:.6g}, window {call.window}, softcap {softcap}; "
-            f"the artifact has {plan.scale:.6g}, {plan.window} and {plan.softcap}",
-            where=f"attention of layer {layer}",
-            fix="compile this model",
-        )
 
 
 def _refuse_rows() -> NoReturn:

@@ -23,7 +23,8 @@ MAX_MANIFEST_BYTES = 4 << 20
 MAX_TOTAL_BYTES = 8 << 30
 KNOWN_FEATURES: frozenset[str] = frozenset()
 
-_KEYS = {"schema", "kvant", "requires", "tools", "model", "recipe", "targets", "files"}
+_KEYS = {"schema", "kvant", "requires", "tools", "model", "recipe", "calibration"}
+_KEYS |= {"targets", "files"}
 _MODEL_KEYS = {"name", "architecture", "facts", "fingerprint", "weights"}
 _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _VERSION = re.compile(r"[0-9]{1,4}\.[0-9]{1,4}")
@@ -183,6 +184,8 @@ def _check_keys(facts: dict[str, Json], where: str) -> None:
         _invalid(", ".join(sorted(facts.keys() - _KEYS)), "is not a key of this schema", where)
     if not isinstance(facts["recipe"], str):
         _invalid("recipe", "must be a string", where)
+    if not isinstance(facts["calibration"], str | None):
+        _invalid("calibration", "must be a string or null", where)
     model = facts["model"]
     if not isinstance(model, dict) or _MODEL_KEYS - model.keys():
         _invalid("model", f"must hold {', '.join(sorted(_MODEL_KEYS))}", where)

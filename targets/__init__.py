@@ -1,5 +1,7 @@
 """Targets: from a plan to kernels. TARGETS is the table; one file a target."""
 
+import difflib
+
 from ..ir.errors import KvantError
 from .cpu import CPU, this_isa
 from .reference import REFERENCE
@@ -13,14 +15,16 @@ TARGETS: dict[str, Target] = {target.name: target for target in (REFERENCE, CPU)
 def resolve(name: str) -> Target:
     """Return the target that a user means: "reference", "cpu" (this machine), "cpu:x86-64-v3".
 
-    Raises: KvantError "unknown-target", "machine-does-not-fit".
+    Raises: KvantError "unknown-target" (with the nearest names), "machine-does-not-fit".
     """
     target = TARGETS.get(f"cpu:{this_isa()}" if name == "cpu" else name)
     if target is None:
+        known = ("cpu", *TARGETS)
+        near = difflib.get_close_matches(name, known, 3, 0.4) or known
         raise KvantError(
             "unknown-target",
-            f"no target {name!r}",
-            where="targets",
-            fix=f"use one of: {', '.join(sorted([*TARGETS, 'cpu']))}",
+            f"there is no target {name!r}",
+            where="the targets argument",
+            fix=f"did you mean: {', '.join(near)}? `kvant show targets` lists all",
         )
     return target

@@ -91,7 +91,7 @@ REFUSALS: dict[str, tuple[str, str, str, str]] = {
         "unsupported-head-size",
         "a head of 80 channels has no Walsh-Hadamard matrix here",
         "recipe quarot-kv4: pass hadamard-v: graph @attention",
-        "leave the rotation out; legal head sizes are 2, 4, 8, 16, 32, 64, 128, 256, 512",
+        "leave the rotation out; legal head sizes are the powers of two",
     ),
     "unsupported head size of the cpu": (
         "target-does-not-support",

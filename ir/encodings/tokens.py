@@ -77,11 +77,6 @@ class Tokens:
         """Tokens that are encoded together."""
         return self.rest.group_tokens
 
-    @property
-    def tail_tokens(self) -> int:
-        """The most tokens that stay in the tail after everything due is encoded."""
-        return self.recent - 1 if self.flush == "block" else self.recent + self.group_tokens - 1
-
     def check(self, channels: int, where: str) -> None:
         """Refuse a rest that does not fit the channels."""
         self.rest.check(channels, where)

@@ -139,7 +139,7 @@ REFUSALS: list[tuple[str, Any, Any, tuple[str, ...], str]] = [
         ("reference",),
         "a head of 80 channels has no Walsh-Hadamard matrix here\n"
         "  where: recipe quarot-kv4: pass hadamard-v: graph @attention\n"
-        "  fix: leave the rotation out; legal head sizes are 2, 4, 8, 16, 32, 64, 128, 256, 512"
+        "  fix: leave the rotation out; legal head sizes are the powers of two"
         "  [unsupported-head-size]",
     ),
     (
@@ -277,6 +277,18 @@ def test_the_same_inputs_give_the_same_id(empty: Path, make_model: Any) -> None:
     # torch.export makes an empty folder for torch's own cache; it is not ours to remove.
     left = {p.name for p in empty.iterdir() if not p.name.startswith("torchinductor_")}
     assert left == {"a", "b"}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "text"),
+    [("qserve-kv4", "text the model wrote itself, 1,024 tokens"), ("quarot-kv4", None)],
+)
+def test_the_artifact_names_the_text_of_its_calibration(
+    empty: Path, make_model: Any, recipe: str, text: str | None
+) -> None:
+    model = make_model("llama", seed=3, head_dim=16, num_attention_heads=4)
+    art = kvant.compile(model, recipe, "reference", out=empty / "a")
+    assert art.calibration == art.show()["calibration"] == text
 
 
 def test_other_inputs_give_another_id(empty: Path) -> None:

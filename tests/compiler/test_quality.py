@@ -19,6 +19,7 @@ from kvant.compiler.quality import (
     log_softmax,
     packed_share,
 )
+from kvant.compiler.texts import name_of
 from kvant.ir.encodings import Int, Raw, Tokens
 from kvant.ir.errors import KvantError
 from kvant.ir.layouts import page_tokens
@@ -31,7 +32,9 @@ from kvant.runtime.plan_file import LayerEntry
 
 KEYS = (
     "perplexity_full perplexity kl_mean kl_mean_low kl_mean_high kl_p99 kl_noise_floor top1 "
-    "bits_per_element packed_share cache_bytes_per_token tokens context recipe target"
+    "bits_per_element packed_share cache_bytes_per_token tokens context recipe target "
+    "perplexity_full_low perplexity_full_high perplexity_low perplexity_high "
+    "kl_p99_low kl_p99_high top1_low top1_high text"
 ).split()
 LAYERS, HEADS, KV_HEADS, WIDTH, VOCAB = 2, 4, 2, 16, 97
 LOSSLESS = Tokens(rest=Raw("f32"))
@@ -82,7 +85,7 @@ def artifact_of(k: Tokens, v: Tokens, **changes: Any) -> Artifact:
     made = Artifact(
         path=Path("nowhere"),
         id="0123456789abcdef" * 4,
-        manifest={"recipe": "test", "model": about},
+        manifest={"recipe": "test", "calibration": None, "model": about},
         target="reference",
         layers=tuple(LayerEntry(i, 0, prefix, 0, "p0") for i, prefix in enumerate(prefixes)),
         plans=plans,
@@ -105,7 +108,17 @@ def test_keys_are_exactly_the_stable_ones(model: Any) -> None:
     assert sorted(made) == sorted(KEYS)
     assert (made["tokens"], made["context"]) == (40, 88)
     assert (made["recipe"], made["target"]) == ("test", "reference")
+    assert made["text"] == name_of(ids(400))
     assert all(isinstance(value, float | int | str) for value in made.values())
+
+
+def test_the_text_of_the_calibration_is_refused(model: Any) -> None:
+    artifact = artifact_of(INT8, INT8)
+    artifact.manifest["calibration"] = name_of(ids(400))
+    with pytest.raises(KvantError) as caught:
+        evaluate(artifact, open_model(model), ids(400), tokens=40, prompt=48, block=16)
+    assert caught.value.code == "text-not-held-out"
+    evaluate(artifact, open_model(model), ids(401), tokens=40, prompt=48, block=16)
 
 
 def test_a_lossless_cache_changes_nothing(model: Any) -> None:
@@ -123,6 +136,9 @@ def test_fewer_bits_cost_more(model: Any) -> None:
     assert 1e-7 < eight["kl_mean"] < 0.05 * four["kl_mean"]
     for made in (eight, four):
         assert made["kl_mean_low"] < made["kl_mean"] < made["kl_mean_high"] < made["kl_p99"]
+        for name in ("perplexity_full", "perplexity", "kl_p99", "top1"):
+            assert made[f"{name}_low"] <= made[name] <= made[f"{name}_high"], name
+        assert made["perplexity_full_low"] < made["perplexity_full_high"]
     assert eight["packed_share"] > 0.8
     page = KV_HEADS * (64 * WIDTH + 2 * 64 * 2)  # codes, scales, zeros
     size = 2 * LAYERS * (2 * page + 2 * 8)
@@ -225,7 +241,7 @@ def test_interval_covers_the_mean_and_respects_neighbours() -> None:
     random = np.random.default_rng(0)
     hits = 0
     for seed in range(60):
-        low, high = interval(random.exponential(1.0, 400), seed)
+        low, high = interval(random.exponential(1.0, 400), seed=seed)
         hits += low < 1.0 < high
     assert 50 <= hits <= 60
     alone = random.exponential(1.0, 64)

@@ -11,7 +11,6 @@ from kvant.ir.maps import (
     Hadamard,
     Scale,
     apply,
-    apply_dual,
     apply_inverse,
     dual,
     hadamard_transform,
@@ -60,7 +59,8 @@ def test_the_dual_keeps_every_dot_product_of_grouped_heads(chain, seed):
     def dots(q, k):
         return q @ np.repeat(k, G, axis=1).swapaxes(-1, -2)
 
-    mapped = dots(apply_dual(chain, q, CONSTANTS, G), apply(chain, k, CONSTANTS))
+    duals = [dual(m) for m in chain]
+    mapped = dots(apply(duals, q, CONSTANTS, G), apply(chain, k, CONSTANTS))
     assert np.allclose(mapped, dots(q, k), rtol=1e-9, atol=1e-9)
 
 

@@ -130,6 +130,7 @@ def write(out: Path, plans: tuple[AttentionPlan, ...] = PLANS, **changes: Any) -
         "constants": constants(),
         "weight_edits": weight_edits(),
         "weights": {"model.layers.0.self_attn.k_proj.weight": [0.5, -0.25]},
+        "calibration": None,
         "targets": {"cpu": builds()},
     }
     return write_artifact(out, **(arguments | changes))

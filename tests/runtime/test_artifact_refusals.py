@@ -144,6 +144,7 @@ def test_unknown_required_feature(made: Made) -> None:
         (lambda f: f.update(schema={"major": True, "minor": 0}), "schema must be {major, minor}"),
         (lambda f: f.update(requires=1), "requires must be a list"),
         (lambda f: f.update(recipe=[]), "recipe must be a string"),
+        (lambda f: f.update(calibration=7), "calibration must be a string or null"),
         (
             lambda f: f.update(model={}),
             "model must hold architecture, facts, fingerprint, name, weights",

@@ -114,6 +114,7 @@ def artifact_of(
         id="0123456789abcdef" * 4,
         manifest={
             "recipe": "test",
+            "calibration": None,
             "model": {
                 "name": "tiny",
                 "architecture": type(model).__name__,

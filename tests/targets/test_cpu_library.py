@@ -140,8 +140,8 @@ def test_targets_by_name() -> None:
     with pytest.raises(KvantError) as caught:
         resolve("cpu:z80")
     assert str(caught.value) == (
-        "no target 'cpu:z80'\n  where: targets\n"
-        "  fix: use one of: cpu, cpu:x86-64-v3, reference  [unknown-target]"
+        "there is no target 'cpu:z80'\n  where: the targets argument\n"
+        "  fix: did you mean: cpu, cpu:x86-64-v3? `kvant show targets` lists all  [unknown-target]"
     )
     with pytest.raises(KvantError) as caught:
         compile_cpu(KIVI, "z80")
