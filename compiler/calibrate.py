@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from ..ir.errors import KvantError
 from ..ir.stats import LayerStats
+from ..runtime.model_call import Call, torch_attention
 from .bind import ModelSource, need
 from .texts import name_of
 
@@ -70,17 +71,14 @@ class Recorder:
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **keywords: Any
     ) -> Any:
         """Record q, k and v, [B, H, T, D], and attend."""
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
         layer = int(module.layer_idx)
         moments = self.layers.setdefault(layer, (Moments(), Moments(), Moments()))
         for moment, x in zip(moments, (query, key, value), strict=True):
             moment.add(x[:, :, _SKIPPED:])
         seen = query.shape[0] * max(0, query.shape[2] - _SKIPPED)
         self.tokens[layer] = self.tokens.get(layer, 0) + seen
-        if keywords.get("softcap") is not None:
-            return _softcapped(query, key, value, mask, keywords), None
-        return sdpa_attention_forward(module, query, key, value, mask, **keywords)
+        call = Call(module, keywords.get("scaling"), keywords)
+        return torch_attention(query, key, value, mask, call), None
 
     def stats(self) -> dict[int, LayerStats]:
         """Return the statistics by layer index."""
@@ -99,20 +97,6 @@ class Recorder:
                 tokens=count,
             )
         return made
-
-
-def _softcapped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, keywords: Any) -> Tensor:
-    """Attend with softcapped scores, which torch's SDPA cannot, [B, T, Hq, Dv]."""
-    import torch
-
-    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
-    softcap, scale = keywords["softcap"], keywords.get("scaling") or query.shape[-1] ** -0.5
-    scores = softcap * (query @ key.mT * (scale / softcap)).tanh()
-    if mask is None:  # transformers leaves a mask out where it is plainly causal
-        seen = torch.ones(scores.shape[-2:], dtype=torch.bool)
-        mask = seen.tril(key.shape[2] - query.shape[2])
-    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
-    return (weights @ value).transpose(1, 2).contiguous()
 
 
 def calibrate(
@@ -138,7 +122,8 @@ def calibrate(
         if ids is None:
             batches = [own_text(model, tokens, seed)]
         else:
-            batches = [torch.tensor([ids[i : i + _WINDOW]]) for i in range(0, len(ids), _WINDOW)]
+            window = min(_WINDOW, _most_positions(model))
+            batches = [torch.tensor([ids[i : i + window]]) for i in range(0, len(ids), window)]
         with recording(model) as recorder:
             for batch in batches:
                 # The head is not needed: statistics come from the layers alone.
@@ -182,7 +167,8 @@ def token_ids(source: ModelSource, text: str | Sequence[int], least: int, what: 
 def own_text(model: Any, tokens: int, seed: int) -> Tensor:
     """Let a model write sequences from its first token, sampled at temperature 1.
 
-    Returns: int64[8, ceil(tokens / 8)], the same for the same model, seed and machine.
+    Returns: int64[8, ceil(tokens / 8)], shorter where the model takes no more positions; the same
+        for the same model, seed and machine.
     """
     import torch
     from transformers import DynamicCache
@@ -190,20 +176,26 @@ def own_text(model: Any, tokens: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     ids = torch.full((_ROWS, 1), _first_token(model))
     cache = DynamicCache(config=model.config)
-    for _ in range(-(-tokens // _ROWS) - 1):
+    for _ in range(min(-(-tokens // _ROWS), _most_positions(model)) - 1):
         scores = model(ids[:, -1:], past_key_values=cache, use_cache=True).logits[:, -1]
         chosen = torch.multinomial(scores.float().softmax(-1), 1, generator=generator)
         ids = torch.cat([ids, chosen], 1)
     return ids
 
 
+def _most_positions(model: Any) -> int:
+    """Return the most tokens that a model takes: learned positions end there."""
+    return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30)
+
+
 def _first_token(model: Any) -> int:
     """Return the token that begins a text: BOS, or for a model without one EOS, or token 0."""
-    for owner in (model.generation_config, model.config.get_text_config()):
+    text = model.config.get_text_config()
+    for owner in (model.generation_config, text):
         for name in ("bos_token_id", "eos_token_id"):
             token = getattr(owner, name, None)
             token = token[0] if isinstance(token, list | tuple) and token else token
-            if isinstance(token, int):
+            if isinstance(token, int) and token < text.vocab_size:
                 return token
     return 0
 

@@ -6,6 +6,7 @@ layer of the cache (a subclass of the library's that overrides only `update`). E
 custom op in the torch.export program of the attention module, and raise_fx raises that.
 """
 
+import copy
 import functools
 import hashlib
 import inspect
@@ -50,9 +51,10 @@ class Model:
     Attributes:
         name: short, fit for a file name.
         architecture: class name in transformers.
-        graphs: inputs x [B, T, C], cos and sin [B, T, D]; one output [B, T, C].
+        graphs: inputs x [B, T, C], cos and sin as the model's tables are; one output [B, T, C].
         layers: in order.
-        facts: heads, kv_heads, head_dim, v_head_dim, hidden, layers, rope, max_tokens, model_type.
+        facts: heads, kv_heads, head_dim, v_head_dim, hidden, layers, rope, max_tokens, model_type,
+            dtype.
         fingerprint: sha256 over graphs, layers and facts; weights and source lines do not enter.
     """
 
@@ -88,7 +90,7 @@ def capture(source: ModelSource) -> Model:
     for structure in range(len(first)):
         at = next(i for i, layer in enumerate(layers) if layer.structure == structure)
         name = "attention" if len(first) == 1 else f"attention_{structure}"
-        graphs.append(export_attention(sites[at][1], name))
+        graphs.append(export_attention(sites[at][1], name, _table_width(module)))
     return _model(source, module, tuple(graphs), tuple(layers))
 
 
@@ -97,10 +99,11 @@ def _model(
 ) -> Model:
     facts = _facts(source.config, graphs, len(layers))
     architecture = type(module).__name__
-    text = [architecture, json.dumps(facts, sort_keys=True)]
+    text = [architecture, json.dumps(facts, sort_keys=True)]  # without the dtype of the weights
     text += [print_graph(without_locations(graph)) for graph in graphs]
     text += [f"{layer.index} {layer.structure} {layer.prefix}" for layer in layers]
     fingerprint = hashlib.sha256("\n".join(text).encode()).hexdigest()
+    facts |= {"dtype": source.dtype}
     return Model(source.name, architecture, graphs, layers, facts, fingerprint)
 
 
@@ -111,7 +114,7 @@ def without_locations(graph: Graph) -> Graph:
 
 def _facts(config: Any, graphs: tuple[Graph, ...], layers: int) -> dict[str, Any]:
     (attend,) = graphs[0].find("attend")
-    q, k, v = (arg.tensor.shape for arg in attend.args)
+    q, k, v = (arg.tensor.shape for arg in attend.args[:3])
     text = config.get_text_config()
     rope = getattr(text, "rope_parameters", None)
     return {
@@ -139,21 +142,55 @@ def _signature(attention: Any) -> tuple[Any, ...]:
     return (type(attention).__qualname__, params, scalars)
 
 
-def export_attention(attention: Any, name: str) -> Graph:
+def _table_width(module: Any) -> int:
+    """Return the width of the tables that a model's rotary embedding gives; 2 if it has none.
+
+    A copy without memory is asked: what such a module learns of a long input stays as it is.
+
+    Raises: KvantError ("unsupported-rope") if it gives something else.
+    """
+    torch = need("torch", "transformers")
+    for part in module.modules():
+        if any("inv_freq" in name for name, _ in part.named_buffers(recurse=False)):
+            shape = (1, 2)
+            x = torch.empty((*shape, module.config.get_text_config().hidden_size), device="meta")
+            positions = torch.empty(shape, dtype=torch.long, device="meta")
+            kinds = getattr(module.config.get_text_config(), "layer_types", None) or (None,)
+            takes = inspect.signature(part.forward).parameters
+            kind = {"layer_type": kinds[0]} if "layer_type" in takes else {}
+            tables = copy.deepcopy(part).to("meta")(x, positions, **kind)
+            if not isinstance(tables, tuple) or len(tables) != 2:
+                raise _no_tables(part)
+            return int(tables[0].shape[-1])
+    return 2
+
+
+def _no_tables(part: Any) -> KvantError:
+    return KvantError(
+        "unsupported-rope",
+        f"{type(part).__name__} gives no cos and sin, which kvant needs",
+        where=_source_of(part)[1],
+        fix="leave this model out; kvant takes rotary embeddings in real numbers",
+    )
+
+
+def export_attention(attention: Any, name: str, table_width: int) -> Graph:
     """Export one attention module with symbolic B, T and S, and raise it. Takes about a second.
 
     Args:
         attention: a self-attention module of transformers, on any device, the meta device too.
         name: of the graph.
+        table_width: entries of cos and sin for one position.
     """
     torch = need("torch", "transformers")
-    config = attention.config.get_text_config()
-    hidden = config.hidden_size
-    rope = getattr(config, "rope_parameters", None) or {}
-    width = getattr(attention, "head_dim", None) or hidden // config.num_attention_heads
-    width = int(width * rope.get("partial_rotary_factor", 1.0))
+    hidden = attention.config.get_text_config().hidden_size
     like = next(attention.parameters())
-    shapes = {"x": (2, 5, hidden), "cos": (2, 5, width), "sin": (2, 5, width), "history": (7,)}
+    shapes = {
+        "x": (2, 5, hidden),
+        "cos": (2, 5, table_width),
+        "sin": (2, 5, table_width),
+        "history": (7,),
+    }
     inputs = tuple(
         torch.empty(shape, dtype=like.dtype, device=like.device) for shape in shapes.values()
     )
@@ -270,7 +307,7 @@ def _register() -> None:
         b, h, t, d = x.shape
         return x.new_empty((b, h, history.shape[0] + t, d))
 
-    def attend_shape(q: Any, k: Any, v: Any, scale: Any, window: Any, softcap: Any) -> Any:
+    def attend_shape(q: Any, k: Any, v: Any, sinks: Any, scale: Any, *options: Any) -> Any:
         return q.new_empty((*q.shape[:3], v.shape[3]))
 
     library = torch.library
@@ -284,7 +321,8 @@ def _register() -> None:
         "kvant::attend",
         traced_only,
         mutates_args=(),
-        schema="(Tensor q, Tensor k, Tensor v, float scale, int? window, float? softcap) -> Tensor",
+        schema="(Tensor q, Tensor k, Tensor v, Tensor? sinks, float scale, int? window, "
+        "float? softcap) -> Tensor",
     ).register_fake(attend_shape)
     AttentionInterface.register(HOOK, attention_function)
     AttentionMaskInterface.register(HOOK, mask_function)
@@ -302,6 +340,7 @@ def attention_function(
     sliding_window: int | None = None,
     softcap: float | None = None,
     is_causal: bool | None = None,
+    s_aux: Any = None,
     **other: Any,
 ) -> tuple[Any, None]:
     """Stand in for the model's attention while it is captured.
@@ -317,6 +356,7 @@ def attention_function(
         sliding_window: number of newest tokens that a query sees.
         softcap: cap * tanh(logit / cap).
         is_causal: the module's own `is_causal` if None; must be true.
+        s_aux: learned sink of each query head, [H_q].
         other: must be None each. The whitelist is the signature: a keyword that is not understood
             would be a silently wrong model.
     """
@@ -331,7 +371,7 @@ def attention_function(
     scale = float(query.shape[-1]) ** -0.5 if scaling is None else float(scaling)
     cap = None if softcap is None else float(softcap)
     torch = need("torch")
-    out = torch.ops.kvant.attend(query, key, value, scale, sliding_window, cap)
+    out = torch.ops.kvant.attend(query, key, value, s_aux, scale, sliding_window, cap)
     return out.transpose(1, 2).contiguous(), None
 
 

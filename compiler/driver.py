@@ -24,7 +24,8 @@ from .capture import Layer, Model, capture
 from .debug import DUMP_IR, DUMP_KERNELS, TRACE, write_dump
 from .pipeline import Trace, run, within
 from .self_check import self_check
-from .shape import Shape, shape_model
+from .shape import Shape, shape_model, shape_sinks
+from .weights import LayerWeights
 
 if TYPE_CHECKING:
     from ..runtime.artifact import Artifact
@@ -103,7 +104,7 @@ def compile(
     refuse_existing(path)
     clock.stage("rewrite")
     variants = rewrite(captured, chosen, dump_ir or DUMP_IR.get(), recipes.place(recipe, chosen))
-    constants, calibration = _constants(clock, variants, source, text)
+    constants, calibration = _constants(clock, variants, source, text, captured.facts)
     plans, binaries = _kernels(clock, variants, resolved)
     clock.stage("write")
     identity = write_artifact(
@@ -129,7 +130,7 @@ def resolve_targets(names: Iterable[str]) -> dict[str, "Target"]:
     Raises: KvantError "no-target", "unknown-target" (with the nearest names),
         "machine-does-not-fit", or "target-not-available" (what is missing to build for it).
     """
-    from ..targets import TARGETS, resolve
+    from ..targets import resolve
 
     found: dict[str, Target] = {}
     for name in (names,) if isinstance(names, str) else names:
@@ -149,7 +150,7 @@ def resolve_targets(names: Iterable[str]) -> dict[str, "Target"]:
             "no-target",
             "no target is named",
             where="the targets argument",
-            fix=f"name at least one of: {', '.join(('cpu', *TARGETS))}",
+            fix="name at least one, such as cpu; `kvant show targets` lists all",
         )
     return found
 
@@ -242,6 +243,7 @@ def rewrite(
         store: dict[str, Any] = {
             "window": recipe.window,
             "context": model.facts.get("max_tokens"),
+            "dtype": model.facts["dtype"],
         }
         for stream, plain in ((k, plan.k), (v, plan.v)):
             place = f"{where}: {plain.role}"
@@ -275,7 +277,7 @@ def _plan(graph: Graph, compute: Literal["float", "int"]) -> AttentionPlan:
 def _refuse_idle(variants: list[Variant], where: str) -> None:
     """A pass of the recipe that changed nothing anywhere is an error, not a shrug."""
     for index, first in enumerate(variants[0].traces[:-1]):
-        if any(variant.traces[index].changed for variant in variants):
+        if not all(_is_idle(variant, variant.traces[index]) for variant in variants):
             continue
         if first.name == "store":
             windows = any(variant.plan.window for variant in variants)
@@ -294,6 +296,12 @@ def _refuse_idle(variants: list[Variant], where: str) -> None:
             where=where,
             fix="remove it from the recipe, or choose a recipe for this kind of model",
         )
+
+
+def _is_idle(variant: Variant, trace: Trace) -> bool:
+    """Whether a pass left a graph as it was; a ring in the model's dtype is not the recipe's."""
+    is_ring = variant.plan.window is not None and trace.options.get("window") == "keep"
+    return not trace.changed or is_ring
 
 
 def _refuse_without_weights(variants: tuple[Variant, ...]) -> None:
@@ -331,29 +339,17 @@ def _calibrate(
     return calibrate(source, text), named(text)
 
 
-class _LayerWeights(Mapping[str, np.ndarray]):
-    """The parameters of one layer by their name relative to its prefix, in float64."""
-
-    def __init__(self, source: ModelSource, prefix: str) -> None:
-        self._source, self._prefix = source, prefix
-        self._names = tuple(n[len(prefix) :] for n in source.names() if n.startswith(prefix))
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        if name not in self._names:
-            raise KeyError(name)
-        return self._source.weight(self._prefix + name).astype(np.float64)
-
-    def __iter__(self) -> Any:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-
 def _constants(
-    clock: Clock, variants: tuple[Variant, ...], source: ModelSource | None, text: str | None
+    clock: Clock,
+    variants: tuple[Variant, ...],
+    source: ModelSource | None,
+    text: str | None,
+    facts: Mapping[str, Any],
 ) -> tuple[dict[int, dict[str, np.ndarray]], str | None]:
-    """Return by layer what each pass computes from weights and statistics; and the text's name."""
+    """Return by layer what each pass computes from weights and statistics; and the text's name.
+
+    Learned sinks are constants too: weights that the kernels read.
+    """
     if source is None:
         _refuse_without_weights(variants)
     stats, name = _calibrate(clock, source, variants, text)
@@ -361,8 +357,11 @@ def _constants(
     made: dict[int, dict[str, np.ndarray]] = {}
     for variant in variants:
         for layer in variant.layers:
-            own: dict[str, np.ndarray] = {}
-            weights: Any = {} if source is None else _LayerWeights(source, layer.prefix)
+            sinks = variant.plan.sinks
+            weights: Any = shape_sinks(facts, layer.index)
+            if source is not None:
+                weights = LayerWeights(source, layer.prefix)
+            own: dict[str, np.ndarray] = {} if sinks is None else {sinks: weights[sinks]}
             known = ChainMap(own, weights)  # a pass may build on the constants of earlier ones
             for trace in variant.traces:
                 definition = PASSES[trace.name]

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from ..ir.encodings import Raw
 from ..ir.errors import KvantError
 from ..ir.plan import AttentionPlan
 from ..runtime.target import choose_target
@@ -47,9 +48,8 @@ def smaller_from(plans: Iterable[AttentionPlan]) -> int | None:
     def spared(length: int) -> int:
         """Bytes less than in 16-bit floats; negative for more."""
         return sum(
-            times * (2 * length * stream.heads * stream.channels - stream.bytes(length))
+            times * (2 * length * _elements(plan) - plan.bytes(length))
             for plan, times in count.items()
-            for stream in (plan.k, plan.v)
         )
 
     found = None
@@ -61,15 +61,26 @@ def smaller_from(plans: Iterable[AttentionPlan]) -> int | None:
     return found
 
 
+def _elements(plan: AttentionPlan) -> int:
+    """Return the numbers of one token in one layer."""
+    return plan.k.heads * (plan.k.channels + plan.v.channels)
+
+
 def _kept(plans: Iterable[AttentionPlan]) -> dict[str, Any]:
-    """Return the layers whose keys and values are stored as they are, and why if that is known."""
-    layers = [
-        (index, plan.window)
+    """Return the layers that are not quantized, their dtypes, and the windows of their rings."""
+    layers = {
+        index: plan
         for index, plan in enumerate(plans)
         if not (plan.k.tokens.quantizes or plan.v.tokens.quantizes)
-    ]
-    windows = sorted({window for _, window in layers if window})
-    return {"layers": [index for index, _ in layers], "windows": windows} if layers else {}
+    }
+    if not layers:
+        return {}
+    formats = {s.tokens.rest for plan in layers.values() for s in (plan.k, plan.v)}
+    return {
+        "layers": list(layers),
+        "dtypes": sorted(fmt.dtype for fmt in formats if isinstance(fmt, Raw)),
+        "windows": sorted({plan.window for plan in layers.values() if plan.window}),
+    }
 
 
 def _targets_here(

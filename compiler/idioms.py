@@ -116,13 +116,27 @@ def cut(node: Node) -> tuple[Node, int, int] | None:
     return (x, begin, end) if 0 <= begin < end else None
 
 
+def every_second(node: Node) -> tuple[Node, int] | None:
+    """Match x[..., start::2] with start 0 or 1: return (x, start)."""
+    if not is_op(node, "aten.slice.Tensor"):
+        return None
+    given = list(node.args)
+    x, axis, start, stop, step = given + [None, 0, None, None, 1][len(given) :]
+    width = sizes(x)[-1]
+    whole = isinstance(width, int) and (stop is None or stop >= width)
+    fits = whole and is_last(x, axis) and step == 2 and (start or 0) in (0, 1)
+    return (peel(x), start or 0) if fits else None
+
+
 def _item(split: Node, index: int) -> tuple[Node, int, int] | None:
-    if not is_op(split, "aten.split.Tensor", "aten.split_with_sizes.default"):
+    kinds = ("aten.split.Tensor", "aten.split_with_sizes.default", "aten.chunk.default")
+    if not is_op(split, *kinds):
         return None
     x, size, axis = (*split.args, 0)[:3]
     width = sizes(x)[-1]
     if not is_last(x, axis) or not isinstance(width, int):
         return None
+    size = -(-width // size) if is_op(split, "aten.chunk.default") else size
     parts = list(size) if isinstance(size, list | tuple) else [size] * (width // size)
     start = sum(parts[:index])
     return x, start, start + parts[index]
@@ -160,44 +174,21 @@ def normalised(node: Node) -> tuple[Node, float] | None:
             continue
         square = peel(mean.args[0])
         power = is_op(square, "aten.pow.Tensor_Scalar") and square.args[1] == 2
-        if power and peel(square.args[0]) is x:
+        if power and _are_alike(peel(square.args[0]), x):
             return x, float(total.args[1])
     return None
 
 
-def rotates(node: Node, axis: int) -> tuple[Node, Node, Node] | None:
-    """Match half-split RoPE, x * cos + rotate_half(x) * sin: return (x, cos, sin).
-
-    cos and sin are placeholders unsqueezed at `axis`, the axis of the heads.
-    """
-    for straight, turned in operands(node, "aten.add.Tensor"):
-        for x, cos in operands(straight, "aten.mul.Tensor"):
-            for half, sin in operands(turned, "aten.mul.Tensor"):
-                tables = _table(cos, "cos", axis), _table(sin, "sin", axis)
-                if all(tables) and _rotated_half(half) is x:
-                    return x, *tables
-    return None
+def _are_alike(a: Node, b: Node) -> bool:
+    """Whether two nodes are one, or the same difference computed twice."""
+    twice = is_op(a, "aten.sub.Tensor") and is_op(b, "aten.sub.Tensor") and a.kwargs == b.kwargs
+    return a is b or (twice and list(map(peel, a.args)) == list(map(peel, b.args)))
 
 
-def _table(node: Node, name: str, axis: int) -> Node | None:
-    """Match unsqueeze(table, axis) of the input called `name`."""
-    if not is_op(node, "aten.unsqueeze.default") or node.args[1] % 4 != axis:
+def centered(node: Node) -> Node | None:
+    """Match x - mean(x, -1): return x."""
+    if not is_op(node, "aten.sub.Tensor") or node.kwargs or not hasattr(node.args[1], "meta"):
         return None
-    table = peel(node.args[0])
-    return table if table.op == "placeholder" and table.name == name else None
-
-
-def _rotated_half(node: Node) -> Node | None:
-    """Match cat(-x[..., D/2:], x[..., :D/2]): return x."""
-    if not is_op(node, "aten.cat.default") or len(node.args[0]) != 2:
-        return None
-    minus, low = map(peel, node.args[0])
-    if not is_last(node, (*node.args, 0)[1]) or not is_op(minus, "aten.neg.default"):
-        return None
-    upper, lower = cut(peel(minus.args[0])), cut(low)
-    if upper is None or lower is None:
-        return None
-    x, width = peel(lower[0]), sizes(node)[-1]
-    half = width // 2 if isinstance(width, int) else -1
-    whole = sizes(x)[-1] == width and peel(upper[0]) is x
-    return x if whole and upper[1:] == (half, width) and lower[1:] == (0, half) else None
+    x, mean = map(peel, node.args)
+    is_mean = is_op(mean, "aten.mean.dim") and list(mean.args[1:]) == [[-1], True]
+    return x if is_mean and peel(mean.args[0]) is x else None

@@ -21,8 +21,10 @@ from ..ir.types import TensorType
 from ..ir.verify import verify
 from . import idioms
 from .idioms import Node, is_op, peel, sizes
+from .rope_idioms import Rope, rotates
 
 Program = Any  # torch.export.ExportedProgram
+_LATENT = "attention over a latent (MLA) is not built"
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in \S+\n\s*(?P<text>[^\n]+)')
 
 
@@ -131,7 +133,7 @@ def _heads(r: Raise, node: Node) -> Value | None:
     count = idioms.splits_heads(node)
     if count is not None:
         return r.emit(node, "split_heads", value(r, node.args[0]), heads=count)
-    return _norm(r, node, heads) or _rope(r, node, heads, axis=2)
+    return _norm(r, node, heads) or _center(r, node, heads) or _rope(r, node, heads, axis=2)
 
 
 # Rules: a node whose op they are listed for -> its value, or None where the idiom is another.
@@ -218,12 +220,29 @@ def _torch_norm(r: Raise, node: Node) -> Value | None:
     return r.emit(node, "rms_norm", value(r, x), _parameter(r, weight), eps=float(eps), offset=0.0)
 
 
+def _center(r: Raise, node: Node, raised: Callable[[Raise, Node], Value]) -> Value | None:
+    x = idioms.centered(node)
+    return None if x is None else r.emit(node, "center", raised(r, x))
+
+
 def _rope(r: Raise, node: Node, raised: Callable[[Raise, Node], Value], axis: int) -> Value | None:
-    found = idioms.rotates(node, axis)
+    found = rotates(node, axis)
     if found is None:
         return None
-    x, cos, sin = found
-    return r.emit(node, "rope", raised(r, x), value(r, cos), value(r, sin), style="half")
+    tables = [_rope_table(r, node, table, found) for table in (found.cos, found.sin)]
+    return r.emit(node, "rope", raised(r, found.x), *tables, style=found.style)
+
+
+def _rope_table(r: Raise, node: Node, table: Node, found: Rope) -> Value:
+    """Return a table with an entry for each channel; q and k share it."""
+    given = value(r, table)
+    if not found.by_pair:
+        return given
+    key = (table, f"by channel, {found.style} of {found.rotated}")
+    if key not in r.made:
+        options = {"width": found.rotated, "style": found.style}
+        r.made[key] = r.emit(node, "spread", given, hint=table.name, **options)
+    return r.made[key]
 
 
 def _cache_write(r: Raise, node: Node) -> Value:
@@ -237,13 +256,24 @@ def _cache_write(r: Raise, node: Node) -> Value:
 
 
 def _attend(r: Raise, node: Node) -> Value:
-    q, k, v, scale, window, softcap = node.args
+    q, k, v, sinks, scale, window, softcap = node.args
     for role, part in (("k", peel(k)), ("v", peel(v))):
         if not is_op(part, "kvant.cache_write.default") or part.args[2] != role:
-            refuse(r, part, f"is attended to as {role}, but the cache did not return it as {role}")
-    parts = (value(r, q), value(r, k), value(r, v))
+            refuse(r, part, f"is attended to as {role}, {_instead(part, role)}")
+    parts = [value(r, q), value(r, k), value(r, v)]
+    parts += [] if sinks is None else [_parameter(r, sinks)]
     options = {"scale": scale, "window": window, "softcap": softcap}
     return r.emit(node, "attend", *parts, causal=True, **options)
+
+
+def _instead(node: Node, role: str) -> str:
+    """Return what a node is that should be what the cache returned for a role."""
+    behind = list(node.all_input_nodes)
+    while behind:
+        if is_op(below := behind.pop(), "kvant.cache_write.default"):
+            return f"but made of what the cache holds: {_LATENT}"
+        behind += below.all_input_nodes
+    return f"but the cache did not return it as {role}"
 
 
 RULES: dict[str, Callable[[Raise, Node], Value | None]] = {
@@ -253,7 +283,9 @@ RULES: dict[str, Callable[[Raise, Node], Value | None]] = {
     "aten.transpose.int": _transpose,
     **dict.fromkeys(idioms.VIEWS, _view),
     "aten.add.Tensor": lambda r, node: _rope(r, node, value, axis=1),
+    "aten.cat.default": lambda r, node: _rope(r, node, value, axis=1),
     "aten.mul.Tensor": lambda r, node: _norm(r, node, value),
+    "aten.sub.Tensor": lambda r, node: _center(r, node, value),
     "aten.rms_norm.default": _torch_norm,
     "kvant.cache_write.default": _cache_write,
     "kvant.attend.default": _attend,

@@ -13,10 +13,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from ..ir.arrays import STORED
 from ..ir.encodings import Bfp, Format, Int, Raw, Tokens
 from ..ir.errors import KvantError
 from ..passes import PASSES
 from .extras import need
+from .recipe_slices import SLICES, AnySlice, Table, bind_slices
 
 try:
     from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -29,11 +31,7 @@ DEFAULT = "kivi-4bit"
 ADDED_BY_KVANT = {"store", "dead-code"}
 
 
-class _Table(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
-
-
-class _Window(_Table):
+class _Window(Table):
     sink: int = Field(default=0, ge=0)
     recent: int = Field(default=0, ge=0)
     flush: Literal["group", "block"] = "group"
@@ -44,7 +42,7 @@ class RawStream(_Window):
 
     format: Literal["bf16", "f16", "f32"]
 
-    def bind(self, channels: int) -> Format:
+    def bind(self, channels: int, where: str) -> Format:
         """Return the format for heads of `channels` channels."""
         return Raw(self.format)
 
@@ -60,7 +58,7 @@ class IntStream(_Window):
     params: Literal["f16", "bf16", "f32"] = "f16"
     clip: float = Field(default=1.0, gt=0.0, le=1.0)
 
-    def bind(self, channels: int) -> Format:
+    def bind(self, channels: int, where: str) -> Format:
         """Return the format for heads of `channels` channels."""
         group = channels if self.group == "head" else int(self.group)
         return Int(self.bits, self.axis, group, self.zero, self.params, self.clip)
@@ -73,12 +71,24 @@ class BfpStream(_Window):
     mantissa: int = Field(ge=2, le=8)
     block: int | Literal["head"]
 
-    def bind(self, channels: int) -> Format:
+    def bind(self, channels: int, where: str) -> Format:
         """Return the format for heads of `channels` channels."""
         return Bfp(self.mantissa, channels if self.block == "head" else int(self.block))
 
 
-Stream = Annotated[RawStream | IntStream | BfpStream, Field(discriminator="format")]
+class SlicesStream(_Window):
+    """Channels in storage order, cut in slices that are stored each in its own way."""
+
+    format: Literal["slices"]
+    slice: tuple[AnySlice, ...] = Field(min_length=1)
+
+    def bind(self, channels: int, where: str) -> Format:
+        """Return the format for heads of `channels` channels."""
+        return bind_slices(self.slice, channels, where)
+
+
+AnyStream = RawStream | IntStream | BfpStream | SlicesStream
+Stream = Annotated[AnyStream, Field(discriminator="format")]
 
 
 class Rewrite(BaseModel):
@@ -93,7 +103,7 @@ class Rewrite(BaseModel):
         return dict(self.model_extra or {})
 
 
-class Rule(_Table):
+class Rule(Table):
     """Layers that differ. The first rule that names a layer wins."""
 
     layers: str
@@ -101,7 +111,7 @@ class Rule(_Table):
     v: Stream | None = None
 
 
-class Recipe(_Table):
+class Recipe(Table):
     """A method, as data. `window` says what becomes of layers that have a sliding window."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)
@@ -115,12 +125,12 @@ class Recipe(_Table):
     rule: tuple[Rule, ...] = ()
 
 
-def tokens(stream: RawStream | IntStream | BfpStream, channels: int, where: str) -> Tokens:
+def tokens(stream: AnyStream, channels: int, where: str) -> Tokens:
     """Bind a stream of a recipe to heads of `channels` channels.
 
-    Raises: KvantError if a group or block does not divide the head.
+    Raises: KvantError if a group or block does not divide the head, or slices do not make it up.
     """
-    bound = stream.bind(channels)
+    bound = stream.bind(channels, where)
     bound.check(channels, where)
     return Tokens(rest=bound, sink=stream.sink, recent=stream.recent, flush=stream.flush)
 
@@ -250,7 +260,7 @@ def _refusal(error: ValidationError, where: str) -> KvantError:
     table = problems[0]["loc"][:-1]
     unknown = [p for p in problems if p["type"] == "extra_forbidden" and p["loc"][:-1] == table]
     problem = unknown[0] if unknown and problems[0]["type"] == "missing" else problems[0]
-    tags = {"bf16", "f16", "f32", "int", "bfp"}
+    tags = {"slices", *SLICES}
     place = ".".join(str(p) for p in problem["loc"] if p not in tags)
     if problem["type"] == "extra_forbidden":
         key = str(problem["loc"][-1])
@@ -260,6 +270,8 @@ def _refusal(error: ValidationError, where: str) -> KvantError:
             where=f"{where}: {place}",
             fix=_nearest(key, _keys(problem["loc"]), "keys"),
         )
+    if problem["type"] == "union_tag_not_found":
+        place, problem = f"{place}.format", {**problem, "type": "missing", "msg": "Field required"}
     given = "" if problem["type"] == "missing" else f", got {problem.get('input')!r}"
     return KvantError(
         "recipe-value",
@@ -271,8 +283,10 @@ def _refusal(error: ValidationError, where: str) -> KvantError:
 
 def _keys(loc: tuple[int | str, ...]) -> list[str]:
     """Return the keys that are legal where `loc` points."""
-    models: dict[str, type[BaseModel]] = {"int": IntStream, "bfp": BfpStream, "rule": Rule}
-    models |= dict.fromkeys(("bf16", "f16", "f32"), RawStream)
+    models: dict[str, type[BaseModel]] = {"rule": Rule, "slices": SlicesStream}
+    models |= {"int": IntStream, "bfp": BfpStream, **dict.fromkeys(STORED, RawStream)}
+    if "slice" in loc:
+        models |= SLICES
     for part in reversed(loc[:-1]):
         if part in models:
             return list(models[str(part)].model_fields)
@@ -311,9 +325,7 @@ def matching_layers(selector: str, layers: int, where: str) -> frozenset[int]:
     return frozenset(chosen)
 
 
-def streams_of(
-    recipe: Recipe, layers: int, where: str
-) -> list[tuple[RawStream | IntStream | BfpStream, RawStream | IntStream | BfpStream]]:
+def streams_of(recipe: Recipe, layers: int, where: str) -> list[tuple[AnyStream, AnyStream]]:
     """Return the (k, v) streams of every layer, after the rules.
 
     Raises: KvantError if a rule matches no layer or is hidden by earlier rules.

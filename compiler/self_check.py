@@ -25,6 +25,9 @@ TOLERANCE = 2e-6  # of max |difference| / max |torch's output|, torch computing 
 STEPS = (11, 3)  # tokens of the prompt and of the step after it; more than SMALL_WINDOW
 SMALL_WINDOW = 6
 
+# How configurations name the number of experts; a token needs num_experts_per_tok of them.
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+
 Array = NDArray[np.float64]
 
 
@@ -39,8 +42,9 @@ class _Call:
 def self_check(source: ModelSource, model: Model, tolerance: float = TOLERANCE) -> float:
     """Check a captured model on a small one of the same attention, with random weights.
 
-    The small model keeps the attention as it is and shrinks the rest: vocabulary, MLP, layers,
-    window. Its graphs must be the captured ones (but for the window), and pass check_capture.
+    The small model keeps the attention as it is and shrinks the rest: vocabulary, MLP, experts,
+    layers, window. Its graphs must be the captured ones, but for the window, and pass
+    check_capture.
 
     Returns: the largest relative error.
     Raises: KvantError ("capture-mismatch").
@@ -169,6 +173,9 @@ def _shrunk(config: Any, layers: int) -> Any:
         "num_hidden_layers": layers,
         "vocab_size": 64,
         "intermediate_size": 32,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
+        **dict.fromkeys(_EXPERTS, max(2, getattr(text, "num_experts_per_tok", None) or 0)),
         "sliding_window": SMALL_WINDOW,
         "layer_types": list(getattr(text, "layer_types", None) or ())[:layers],
     }

@@ -2,8 +2,12 @@
 
 import hashlib
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ..ir.encodings import Raw, Tokens
 from ..ir.errors import KvantError
@@ -11,6 +15,9 @@ from ..ir.rewrite import Builder
 from ..ir.text import print_graph
 from ..ir.types import TensorType
 from .capture import Layer, Model
+
+SINKS = "kvant.sinks"
+"""Name of the constant of a shape's learned sinks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +33,8 @@ class Shape:
         scale: factor of the logits; head_dim ** -0.5 if not given.
         softcap: cap * tanh(logit / cap), or none.
         window: number of newest tokens that a query sees, or none.
-        sinks: learned sink logits per head (refused for now).
+        sinks: learned sinks: for each layer a logit per query head, which joins its softmax; True
+            for zeros, which is one more in every sum.
         dtype: dtype of the model, "bf16", "f16" or "f32".
 
     Raises: KvantError if the numbers do not fit together.
@@ -40,7 +48,7 @@ class Shape:
     scale: float | None = None
     softcap: float | None = None
     window: int | None = None
-    sinks: bool = False
+    sinks: bool | Sequence[Sequence[float]] = False
     dtype: Literal["bf16", "f16", "f32"] = "bf16"
 
     def __post_init__(self) -> None:
@@ -60,15 +68,15 @@ class Shape:
         for name, value in (("scale", self.scale), ("softcap", self.softcap)):
             fits = value is None or 0 < value < math.inf
             _refuse_option(name, value, fits, "a positive number, or None")
+        if not isinstance(self.sinks, bool):
+            rows = tuple(tuple(map(float, row)) for row in self.sinks)
+            object.__setattr__(self, "sinks", rows)
+            fits = [len(row) for row in rows] == [self.heads] * self.layers
+            fits = fits and all(math.isfinite(logit) for row in rows for logit in row)
+            use = f"{self.heads} finite numbers for each of {self.layers} layers, True or False"
+            _refuse_option("sinks", rows, fits, use)
         fits = self.window is None or (type(self.window) is int and self.window > 0)
         _refuse_option("window", self.window, fits, "a positive number of tokens, or None")
-        if self.sinks:
-            raise KvantError(
-                "unsupported-sinks",
-                "learned sink logits are not supported yet",
-                where="Shape(sinks=True)",
-                fix="leave sinks out",
-            )
 
     @property
     def values(self) -> int:
@@ -79,6 +87,19 @@ class Shape:
     def logit_scale(self) -> float:
         """Factor of the logits."""
         return self.head_dim**-0.5 if self.scale is None else self.scale
+
+
+def shape_sinks(facts: Mapping[str, Any], layer: int) -> dict[str, NDArray[np.float64]]:
+    """Return the learned sinks of a layer by the name of their constant; nothing if there are none.
+
+    Args:
+        facts: of the model that `shape_model` made.
+        layer: its index.
+    """
+    given = facts.get("sinks") or False
+    if given is False:
+        return {}
+    return {SINKS: np.zeros(facts["heads"]) if given is True else np.array(given[layer])}
 
 
 def _refuse_option(name: str, value: object, fits: bool, use: str) -> None:
@@ -114,11 +135,13 @@ def shape_model(shape: Shape) -> Model:
     store = Tokens(rest=Raw("f32"))
     past_k = b.emit("cache_read", b.emit("cache_write", k, role="k", store=store, basis=()))
     past_v = b.emit("cache_read", b.emit("cache_write", v, role="v", store=store, basis=()))
+    sinks = [b.param(SINKS, TensorType("f32", (shape.heads,)))] if shape.sinks else []
     out = b.emit(
         "attend",
         q,
         past_k,
         past_v,
+        *sinks,
         causal=True,
         scale=shape.logit_scale,
         softcap=shape.softcap,

@@ -97,9 +97,11 @@ def artifact_rows(facts: Mapping[str, Any]) -> dict[str, str]:
         "smaller than bf16": "never" if smaller is None else f"from {smaller:,} tokens on",
     }
     if facts["kept"]:
-        windows = ", ".join(str(n) for n in facts["kept"]["windows"])
-        why = f" (sliding window of {windows} tokens)" if windows else ""
-        rows["kept as they are"] = f"layers {_cell(facts['kept']['layers'])}{why}"
+        kept = facts["kept"]
+        windows = ", ".join(f"{n:,}" for n in kept["windows"])
+        ring = f", a ring of the newest {windows} tokens" if windows else ""
+        dtypes = " and ".join(kept["dtypes"])
+        rows["kept as they are"] = f"layers {_cell(kept['layers'])}, in {dtypes}{ring}"
     if "path" in facts:
         rows["path"] = facts["path"]
     return rows | {"size": f"{facts['size'] / 1e6:.2f} MB", "id": facts["id"]}

@@ -6,6 +6,10 @@ How far a kernel may be from it: `ir/tolerance.py`.
     out_i   = sum_j softmax_j(s[i, j]) v_j        over the keys j that query i sees
     lse_i   = log sum_j exp(s[i, j])
 
+A learned sink adds exp(sink[h]) to the sum of query head h, in softmax and lse alike: it is a key
+without a value. So lse is always the log of the softmax's denominator. A query that sees no key is
+padding: it does not see the sink either.
+
 In a row of n valid tokens the Tq queries are its last positions, p_i = n - Tq + i. Query i sees key
 j if 0 <= j < n, j <= p_i (causal) and j > p_i - window. A query before the row's first token
 (p_i < 0) sees nothing. Query head h reads kv head h // (Hq / H).
@@ -31,6 +35,7 @@ def attend(
     causal: bool = True,
     softcap: float | None = None,
     window: int | None = None,
+    sinks: Array | None = None,
     dtype: type[np.floating[Any]] = np.float64,
 ) -> tuple[Array, Array]:
     """Return attention's output and the log of the sum of exponentials.
@@ -45,14 +50,15 @@ def attend(
         causal: whether a query sees only keys up to its own position.
         softcap: bound of the scores, or None.
         window: keys that a query sees, itself included, or None for all.
+        sinks: [Hq], one logit per query head, neither scaled nor capped; or None.
         dtype: of all arithmetic; float32 only to measure what rounding does.
 
     Returns: out [B, Hq, Tq, Dv] and lse [B, Hq, Tq], of `dtype`. A query that sees no key gives
-        zeros and -inf.
+        zeros and -inf, sink or not.
     Raises: KvantError("attend-shape") if the shapes or lengths do not fit.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
-    _check_shapes(q, k, v, lengths)
+    _check_shapes(q, k, v, lengths, sinks)
     batch, heads, keys, _ = k.shape
     q_heads, queries = q.shape[1:3]
     valid = np.arange(keys) < lengths[:, None]
@@ -68,14 +74,28 @@ def attend(
     seen = np.tile(seen, (1, q_heads // heads, 1))
     scores = np.where(seen[:, None], scores, -np.inf)
     top = scores.max(axis=-1, keepdims=True, initial=-np.inf)
+    sink = _sinks_of(sinks, top, q_heads // heads)
+    top = np.maximum(top, sink)
     # A row without keys has top = -inf; -inf - (-inf) would be NaN.
-    weights = np.exp(scores - np.where(np.isneginf(top), 0.0, top))
-    total = weights.sum(axis=-1, keepdims=True)
+    shift = np.where(np.isneginf(top), 0.0, top)
+    weights = np.exp(scores - shift)
+    total = weights.sum(axis=-1, keepdims=True) + np.exp(sink - shift)
     with np.errstate(divide="ignore"):
         lse = np.where(total > 0.0, top + np.log(total), -np.inf)
     out = (weights / np.where(total > 0.0, total, 1.0)) @ v_valid
-    shape = (batch, q_heads, queries)
-    return out.reshape(*shape, v.shape[-1]), lse.reshape(shape)
+    return out.reshape(*q.shape[:3], v.shape[-1]), lse.reshape(q.shape[:3])
+
+
+def _sinks_of(sinks: Array | None, top: Array, group: int) -> Array:
+    """Return the sink of each row of scores, like `top` [B, H, G Tq, 1].
+
+    Minus infinity where there is none, or where the row sees no key.
+    """
+    if sinks is None:
+        return np.full_like(top, -np.inf)
+    heads, rows = top.shape[1:3]
+    by_row = np.repeat(np.asarray(sinks).reshape(heads, group), rows // group, axis=1)
+    return np.where(np.isneginf(top), top, by_row[..., None]).astype(top.dtype)
 
 
 def visible(
@@ -111,8 +131,15 @@ def round_queries(q: Array, bits: int) -> Array:
     return np.asarray(np.rint(x / safe) * step)
 
 
-def _check_shapes(q: Array, k: Array, v: Array, lengths: Array) -> None:
+def _check_shapes(q: Array, k: Array, v: Array, lengths: Array, sinks: Array | None) -> None:
     """Refuse shapes that do not make one attention."""
+    if sinks is not None and np.shape(sinks) != q.shape[1:2]:
+        raise KvantError(
+            "attend-shape",
+            f"sinks {np.shape(sinks)} with {q.shape[1]} query heads",
+            where="attend",
+            fix="pass one sink for each query head",
+        )
     shapes = f"q {q.shape}, k {k.shape}, v {v.shape}, lengths {lengths.shape}"
     fits = (
         q.ndim == k.ndim == v.ndim == 4

@@ -4,19 +4,19 @@ A structured attribute is a frozen dataclass that checks itself; the text form i
 `tag(field = value, ...)`. Adding one: its class in a module of its own, one line here.
 """
 
-from .encodings.affine import Int
-from .encodings.bfp import Bfp
-from .encodings.raw import Raw
-from .encodings.tokens import Tokens
+from .encodings import Bfp, Drop, Int, Raw, Slice, Slices, Tokens
 from .maps import Gather, Hadamard, Scale
 
-Record = Raw | Int | Bfp | Tokens | Hadamard | Gather | Scale
+Record = Raw | Int | Bfp | Drop | Slice | Slices | Tokens | Hadamard | Gather | Scale
 AttrValue = bool | int | float | str | None | Record | tuple["AttrValue", ...]
 
 ATTRS: dict[str, type[Record]] = {
     "raw": Raw,
     "int": Int,
     "bfp": Bfp,
+    "drop": Drop,
+    "slice": Slice,
+    "slices": Slices,
     "tokens": Tokens,
     "hadamard": Hadamard,
     "gather": Gather,

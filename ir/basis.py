@@ -22,6 +22,8 @@ _ILLEGAL = {
     (Hadamard, "rms_norm"): f"a rotation does not commute with rms_norm; {_AHEAD}",
     (Hadamard, "rope"): f"a rotation does not commute with rope; {_AHEAD}",
     (Gather, "rope"): f"rope turns each channel pair at its own frequency; {_AHEAD}",
+    (Hadamard, "center"): f"a rotation does not commute with center; {_AHEAD}",
+    (Scale, "center"): "center subtracts the mean of the scaled channels; scale the norm weight",
     (Scale, "rms_norm"): "rms_norm divides by the scaled norm; scale the norm weight instead",
 }
 
@@ -34,7 +36,7 @@ def problems(graph: Graph) -> Iterator[Problem]:
             if weight != bias:
                 said = f"the weight is in basis {print_attr(weight)}"
                 yield place, f"{said} but the bias in {print_attr(bias)}"
-        if op.name in ("rope", "rms_norm"):
+        if op.name in ("rope", "rms_norm", "center"):
             own = weight_maps(graph, op.args[1], "_rows") if op.name == "rms_norm" else ()
             rotated = [m for m in own if isinstance(m, Hadamard)]
             for m in (*folded(graph, op.args[0]), *rotated):
@@ -51,7 +53,7 @@ def problems(graph: Graph) -> Iterator[Problem]:
 
 def _mirrored(graph: Graph, attend: Op) -> Iterator[str]:
     """Yield where the queries are not in the dual basis, or the output is not mapped back."""
-    k, v = (print_attr(stored(graph, value)) for value in attend.args[1:])
+    k, v = (print_attr(stored(graph, value)) for value in attend.args[1:3])
     q = print_attr(tuple(map(dual, applied(graph, attend.args[0]))))
     if q != k:
         yield f"the stored keys are in basis {k} but the queries are in {q}, the dual of theirs"
@@ -77,7 +79,7 @@ def applied(graph: Graph, value: Value) -> Maps:
 def folded(graph: Graph, value: Value) -> Maps:
     """Return the maps folded into the weights that `value` comes from; () without a projection."""
     op = graph.producer(value)
-    if op.name in ("rope", "split_heads", *ONLINE):
+    if op.name in ("rope", "split_heads", "center", *ONLINE):
         return folded(graph, op.args[0])
     if op.name == "rms_norm":
         return (*folded(graph, op.args[0]), *weight_maps(graph, op.args[1], "_rows"))

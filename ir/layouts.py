@@ -12,21 +12,25 @@ format's fields one after another, each at a multiple of 64 bytes, in this order
     exponent          u8[P, C / block]
     values            [P, C] of a raw format
 
+Of slices, the fields of each one lie one after another, over its own channels, and are named with
+its number: "0.codes", "0.scale", "1.codes".
+
 Codes are split in chunks of channels and never interleaved, so that one mask gives neighbours.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import lcm, prod
 
 import numpy as np
 
 from .arrays import STORED, Array
-from .encodings import Bfp, Format, Int, Raw
+from .encodings import Bfp, Drop, Format, Int, Raw, Slices
 from .encodings.raw import check_integer
+from .encodings.slices import SliceFormat, with_prefix
 from .errors import KvantError
 
 ALIGN = 64
@@ -38,7 +42,7 @@ class Field:
     """One array of a head block.
 
     Attributes:
-        name: "codes", "high", "scale", "zero", "exponent" or "values".
+        name: "codes", "high", "scale", "zero", "exponent" or "values"; of slices, "1.codes".
         dtype: NumPy name: "uint8", "uint16" (bf16), "float16", "float32".
         shape: [rows, columns]; rows are tokens, or groups of tokens.
         offset: bytes from the start of the head block.
@@ -53,6 +57,41 @@ class Field:
     def nbytes(self) -> int:
         """Bytes of the array."""
         return prod(self.shape) * np.dtype(self.dtype).itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Channels of a head that are stored in one format: a slice, or all of them.
+
+    Attributes:
+        prefix: of the names of its fields in the page: "1." of slice 1, empty without slices.
+        first: channel.
+        width: channels.
+        format: how they are stored; not slices.
+        fields: in a head block, named without the prefix; none where the channels are dropped.
+    """
+
+    prefix: str
+    first: int
+    width: int
+    format: SliceFormat
+    fields: tuple[Field, ...]
+
+    @property
+    def planes(self) -> int:
+        """Chunks of channels that share a byte; 3-bit codes have eight, of which pairs share."""
+        if isinstance(self.format, Raw | Drop):
+            return 1
+        return 8 if code_bits(self.format) == 3 else 8 // code_bits(self.format)
+
+    @property
+    def plane(self) -> int:
+        """Channels of a chunk."""
+        return self.width // self.planes
+
+    def field(self, name: str) -> Field:
+        """Return a field by its name without the prefix."""
+        return next(field for field in self.fields if field.name == name)
 
 
 def page_tokens(fmt: Format) -> int:
@@ -102,6 +141,21 @@ class PageLayout:
     def fields(self) -> tuple[Field, ...]:
         """The arrays of a head block, in order."""
         return _fields(self)
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The slices of a head, in storage order; one part without slices."""
+        fields = {field.name: field for field in self.fields}
+        parts, first = [], 0
+        for prefix, width, fmt in _slices(self.format, self.channels):
+            own = tuple(
+                replace(field, name=name.removeprefix(prefix))
+                for name, field in fields.items()
+                if name.startswith(prefix)
+            )
+            parts.append(Part(prefix, first, width, fmt, own))
+            first += width
+        return tuple(parts)
 
     @property
     def head_bytes(self) -> int:
@@ -161,7 +215,7 @@ class PageLayout:
             ].copy()
             for field in self.fields
         }
-        return _from_planes(self.format, planes, self.channels)
+        return _from_planes(self.format, planes)
 
     def _view(self, page: Array, field: Field) -> Array:
         """Return a field of pages uint8[..., page_bytes] as [..., H, rows, columns], no copy."""
@@ -207,21 +261,32 @@ class PageLayout:
 def _fields(layout: PageLayout) -> tuple[Field, ...]:
     """Return the fields with their offsets."""
     offset, fields = 0, []
-    for name, dtype, shape in _arrays(layout):
-        field = Field(name, dtype.name, shape, offset)
-        offset = _aligned(offset + field.nbytes)
-        fields.append(field)
+    for prefix, width, fmt in _slices(layout.format, layout.channels):
+        for name, dtype, shape in _arrays(fmt, layout.tokens, width):
+            field = Field(prefix + name, dtype.name, shape, offset)
+            offset = _aligned(offset + field.nbytes)
+            fields.append(field)
     return tuple(fields)
+
+
+def _slices(fmt: Format, channels: int) -> list[tuple[str, int, SliceFormat]]:
+    """Return (prefix of the names of fields, channels, format) of each slice."""
+    if not isinstance(fmt, Slices):
+        return [("", channels, fmt)]
+    return [(f"{i}.", part.width, part.format) for i, part in enumerate(fmt.slices)]
 
 
 def _aligned(offset: int) -> int:
     return -(-offset // ALIGN) * ALIGN
 
 
-def _arrays(layout: PageLayout) -> list[tuple[str, np.dtype[np.generic], tuple[int, int]]]:
-    """Return (name, type, shape) of each field."""
-    rows, channels, fmt = layout.tokens, layout.channels, layout.format
+def _arrays(
+    fmt: SliceFormat, rows: int, channels: int
+) -> list[tuple[str, np.dtype[np.generic], tuple[int, int]]]:
+    """Return (name, type, shape) of each field of a format."""
     byte = np.dtype(np.uint8)
+    if isinstance(fmt, Drop):
+        return []
     if isinstance(fmt, Raw):
         return [("values", STORED[fmt.dtype], (rows, channels))]
     arrays = [(name, byte, (rows, width)) for name, width in _plane_widths(fmt, channels)]
@@ -287,6 +352,13 @@ def unpack_plane(packed: Array, bits: int) -> Array:
 
 def _to_planes(fmt: Format, fields: Mapping[str, Array]) -> dict[str, Array]:
     """Return the fields with codes packed to planes."""
+    if isinstance(fmt, Slices):
+        return {
+            prefix + name: plane
+            for prefix, _, part in _slices(fmt, 0)
+            if not isinstance(part, Drop)
+            for name, plane in _to_planes(part, with_prefix(prefix, fields)).items()
+        }
     planes = dict(fields)
     if isinstance(fmt, Raw) or "codes" not in planes:
         return planes
@@ -297,8 +369,15 @@ def _to_planes(fmt: Format, fields: Mapping[str, Array]) -> dict[str, Array]:
     return planes | {"codes": pack_plane(codes, bits)}
 
 
-def _from_planes(fmt: Format, planes: dict[str, Array], channels: int) -> dict[str, Array]:
+def _from_planes(fmt: Format, planes: dict[str, Array]) -> dict[str, Array]:
     """Return the planes as fields with one code a byte."""
+    if isinstance(fmt, Slices):
+        return {
+            prefix + name: array
+            for prefix, _, part in _slices(fmt, 0)
+            if not isinstance(part, Drop)
+            for name, array in _from_planes(part, with_prefix(prefix, planes)).items()
+        }
     if isinstance(fmt, Raw):
         return planes
     bits = code_bits(fmt)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -182,6 +182,47 @@ def apply_inverse(maps: Sequence[Map], x: Array, constants: Constants, repeat: i
             # Hadamard is its own inverse; the inverse of a diagonal is its dual.
             y = apply([dual(m)], y, constants, repeat)
     return y
+
+
+def map_heads(
+    kind: str, x: Array, constant: Array | None = None, *, repeat: int = 1, inverse: bool = False
+) -> Array:
+    """Return one map of x [..., H, T, D], in x's type: what the op of its name does.
+
+    Args:
+        kind: one of ONLINE.
+        x: any float type.
+        constant: order or scale [H / repeat, D]; none for a Hadamard.
+        repeat: heads that share one row of the constant.
+        inverse: divide by the scale.
+    """
+    m: Map = Hadamard(x.shape[-1]) if kind == "hadamard" else Gather("constant")
+    m = Scale("constant", inverse) if kind == "scale" else m
+    constants = {} if constant is None else {"constant": constant}
+    return apply((m,), x, constants, repeat).astype(x.dtype)
+
+
+def map_rows(
+    kind: str, w: Array, constant: Array | None = None, *, heads: int, **options: Any
+) -> Array:
+    """Return one map of the output channels of a weight [H*D, n], a bias, a norm weight [(H,) D].
+
+    Args:
+        kind: one of ONLINE.
+        w: its rows lie head by head; a norm weight [D] is that of every head.
+        constant: as in `map_heads`.
+        heads: H.
+        options: as in `map_heads`.
+    """
+    width = w.shape[0] // heads if constant is None else constant.shape[1]
+    w = w if w.shape[0] == heads * width else np.broadcast_to(w, (heads, width))
+    blocks = w.reshape(heads, width, -1).swapaxes(1, 2)  # channels last
+    return map_heads(kind, blocks, constant, **options).swapaxes(1, 2).reshape(w.shape)
+
+
+def map_cols(kind: str, w: Array, constant: Array | None = None, **options: Any) -> Array:
+    """Return one map of the input channels of a weight [n, H*D]; arguments as in `map_rows`."""
+    return map_rows(kind, w.T, constant, **options).T
 
 
 def _take(x: Array, order: Array) -> Array:

@@ -5,8 +5,8 @@ constant with one row per KV head serves `repeat` query heads: head h reads row 
 
 A type rule is a signature: one group of axes for each operand, an arrow, the result; `|` parts the
 cases. Equal names are equal sizes. `*` alone is any number of axes; names of attributes are their
-values, and kv is heads // repeat. even and pow2 (a power of two) are what they say, and `int` is
-an integer tensor.
+values, and kv is heads // repeat. even (at most D) and pow2 (a power of two) are what they say,
+and `int` is an integer tensor.
 """
 
 import math
@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from . import attention
+from . import attention, rope
 from .arrays import Array
 from .attrs import AttrValue
 from .encodings.tokens import Tokens
 from .errors import KvantError, nearest
 from .graph import Value
-from .maps import Gather, Hadamard, Map, Scale, apply
+from .maps import Gather, Hadamard, Scale, map_cols, map_heads, map_rows
 from .types import CacheType, Dim, TensorType, Type, add_sizes
 
 Arrays = tuple[Array, ...]
@@ -42,7 +42,6 @@ class Run:
 
 
 Meaning = Callable[[Run, Arrays, Attrs], Array | Arrays]
-MapMeaning = Callable[[Run, Arrays, Attrs], Array]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +84,7 @@ KINDS: dict[str, Callable[[object], bool]] = {
     "number": _is_number,
     "number or none": lambda v: v is None or _is_number(v),
     "tuple of counts": lambda v: v != () and _all(v, lambda n: _is_int(n, 1)),
-    "rope style (half)": lambda v: v == "half",
+    "rope style (half, adjacent)": lambda v: v in rope.STYLES,
     "token encoding": lambda v: isinstance(v, Tokens),
     "tuple of maps": lambda v: _all(v, lambda m: isinstance(m, Hadamard | Gather | Scale)),
 }
@@ -199,8 +198,8 @@ def _bind(axis: str, size: Any, sizes: dict[str, Any]) -> str | None:
         size //= known
     for name in free:
         sizes[name] = size
-        if name == "even" and (not isinstance(size, int) or size % 2):
-            return f"{size} is not even"
+        if name == "even" and (not isinstance(size, int) or size % 2 or size > sizes["D"]):
+            return f"{size} is not even, or more than {sizes['D']}"
         if name == "pow2" and (not _is_int(size, 1) or size & (size - 1)):
             return f"{size} is no power of two"
     if len(names) == 1 and sizes[axis] != size:
@@ -215,42 +214,9 @@ def _rms_norm(run: Run, arrays: Arrays, a: Attrs) -> Array:
     return np.asarray(x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + a["eps"]) * gain)
 
 
-def _rope(run: Run, arrays: Arrays, a: Attrs) -> Array:
-    x, cos, sin = arrays
-    half = x.shape[-1] // 2
-    turned = np.concatenate((-x[..., half:], x[..., :half]), axis=-1)
-    return np.asarray(x * cos[:, None] + turned * sin[:, None])
-
-
-def _map(kind: str) -> MapMeaning:
-    """Return the map `kind` on x [..., H, T, D]; its constant is the second array."""
-
-    def evaluate(run: Run, arrays: Arrays, a: Attrs) -> Array:
-        x = arrays[0]
-        m: Map = Hadamard(x.shape[-1]) if kind == "hadamard" else Gather("constant")
-        m = Scale("constant", a["inverse"]) if kind == "scale" else m
-        constants = {"constant": arrays[-1]}  # read by gather and scale
-        return apply((m,), x, constants, a.get("repeat", 1)).astype(x.dtype)
-
-    return evaluate
-
-
-def _map_rows(kind: str) -> MapMeaning:
-    """Return the map `kind` on output channels: of a weight [H*D, n], a bias, a norm weight."""
-
-    def evaluate(run: Run, arrays: Arrays, a: Attrs) -> Array:
-        w, heads = arrays[0], a["heads"]
-        width = arrays[1].shape[1] if len(arrays) == 2 else w.shape[0] // heads
-        w = w if w.shape[0] == heads * width else np.broadcast_to(w, (heads, width))
-        blocks = w.reshape(heads, width, -1).swapaxes(1, 2)  # channels last
-        return _map(kind)(run, (blocks, *arrays[1:]), a).swapaxes(1, 2).reshape(w.shape)
-
-    return evaluate
-
-
-def _map_cols(kind: str) -> MapMeaning:
-    """Return the map `kind` on the input channels of a weight [n, H*D]."""
-    return lambda run, arrays, a: _map_rows(kind)(run, (arrays[0].T, *arrays[1:]), a).T
+def _map(of: Callable[..., Array], kind: str) -> Meaning:
+    """Return the meaning of the op that is the map `kind`, applied by `of` of ir/maps.py."""
+    return lambda run, arrays, a: of(kind, *arrays, **a)
 
 
 def _split_heads(run: Run, arrays: Arrays, a: Attrs) -> Array:
@@ -275,7 +241,8 @@ def _cache_write(run: Run, arrays: Arrays, a: Attrs) -> Array:
 
 def _attend(run: Run, arrays: Arrays, a: Attrs) -> Array:
     lengths = np.full(len(arrays[0]), arrays[1].shape[2], np.int64)
-    return attention.attend(*arrays, lengths=lengths, **a)[0].astype(arrays[0].dtype)
+    given = {"lengths": lengths, "sinks": (*arrays, None)[3], **a}
+    return attention.attend(*arrays[:3], **given)[0].astype(arrays[0].dtype)
 
 
 _NAME = {"name": ("text",)}
@@ -284,6 +251,7 @@ _SCALE = _REPEAT | {"inverse": ("bool", False)}
 _HEADS: dict[str, tuple[Any, ...]] = {"heads": ("count",)}
 _SPAN = {"start": ("index",), "stop": ("count",)}
 _NORM = {"eps": ("number",), "offset": ("number", 0.0)}
+_STYLE: dict[str, tuple[Any, ...]] = {"style": ("rope style (half, adjacent)", "half")}
 _WRITE = {"role": ("text",), "store": ("token encoding",), "basis": ("tuple of maps", ())}
 _ATTEND = {
     "scale": ("number",),
@@ -315,34 +283,42 @@ OPS: dict[str, OpDef] = {
     "split_last": OpDef(1, _split_last, {"sizes": ("tuple of counts",)},
                         lambda r, x, a: tuple(np.split(x[0], np.cumsum(a["sizes"])[:-1], -1)),
                         "y_i[..., j] = x[..., sum(sizes[:i]) + j]"),
+    "center": OpDef(1, "* -> *", {}, lambda r, x, a: x[0] - x[0].mean(-1, keepdims=True),
+                    "y = x - mean(x)"),
     "rms_norm": OpDef(2, "* D, D -> * D | B H T D, H D -> B H T D", _NORM, _rms_norm,
                       "y = x / sqrt(mean(x^2) + eps) (w + offset)"),
-    "rope": OpDef(3, "B H T even, B T even, B T even -> B H T even"
-                  " | B H T even, 1 T even, 1 T even -> B H T even",
-                  {"style": ("rope style (half)", "half")}, _rope,
-                  "y = x cos + turn(x) sin, turn(x) = (-x[D/2:], x[:D/2])"),
-    "hadamard": OpDef(1, "* pow2 -> * pow2", {}, _map("hadamard"), "y = Hd x"),
-    "gather": OpDef(2, "B repeat*H T D, int H D -> B repeat*H T D", _REPEAT, _map("gather"),
-                    "y[h, c] = x[h, order[h // repeat, c]]"),
-    "scale": OpDef(2, "B repeat*H T D, H D -> B repeat*H T D", _SCALE, _map("scale"),
+    "rope": OpDef(3, "B H T D, B T even, B T even -> B H T D"
+                  " | B H T D, 1 T even, 1 T even -> B H T D", _STYLE,
+                  lambda r, x, a: rope.turn(x[0], x[1], x[2], a["style"]),
+                  "y = x cos + turn(x) sin on the first channels, by pairs; see ir/rope.py"),
+    "spread": OpDef(1, "* W -> * width", _STYLE | {"width": ("count",)},
+                    lambda r, x, a: rope.spread(x[0], a["width"], a["style"]),
+                    "y[..., c] = x[..., pair of channel c], c < width"),
+    "hadamard": OpDef(1, "* pow2 -> * pow2", {}, _map(map_heads, "hadamard"), "y = Hd x"),
+    "gather": OpDef(2, "B repeat*H T D, int H D -> B repeat*H T D", _REPEAT,
+                    _map(map_heads, "gather"), "y[h, c] = x[h, order[h // repeat, c]]"),
+    "scale": OpDef(2, "B repeat*H T D, H D -> B repeat*H T D", _SCALE, _map(map_heads, "scale"),
                    "y[h, c] = x[h, c] s[h // repeat, c], or divided by it"),
     "cache_write": OpDef(1, "B H T D -> cache", _WRITE, _cache_write, "state += x"),
     "cache_read": OpDef(1, "B H T D -> B H S+T D", {}, lambda r, x, a: x[0],
                         "y = (stored tokens as store keeps them, new tokens as given)"),
-    "attend": OpDef(3, "B G*H T D, B H N D, B H N V -> B G*H T V", _ATTEND, _attend,
-                    "y = softmax(mask(cap(scale q k^T))) v, query i at position S + i"),
-    "scale_rows": OpDef(2, _ROWS.format(""), _HEADS | _SCALE, _map_rows("scale"),
+    "attend": OpDef((3, 4), "B G*H T D, B H N D, B H N V -> B G*H T V"
+                    " | B G*H T D, B H N D, B H N V, G*H -> B G*H T V", _ATTEND, _attend,
+                    "y = softmax(mask(cap(scale q k^T))) v, query i at position S + i;"
+                    " a sink [G*H] adds exp(sink) to the softmax's sum"),
+    "scale_rows": OpDef(2, _ROWS.format(""), _HEADS | _SCALE, _map(map_rows, "scale"),
                         "y[h D + c] = w[h D + c] s[h // repeat, c], or divided by it"),
-    "scale_cols": OpDef(2, "N heads*D, kv D -> N heads*D", _HEADS | _SCALE, _map_cols("scale"),
+    "scale_cols": OpDef(2, "N heads*D, kv D -> N heads*D", _HEADS | _SCALE, _map(map_cols, "scale"),
                         "y[:, h D + c] = w[:, h D + c] s[h // repeat, c], or divided by it"),
-    "gather_rows": OpDef(2, _ROWS.format("int "), _HEADS | _REPEAT, _map_rows("gather"),
+    "gather_rows": OpDef(2, _ROWS.format("int "), _HEADS | _REPEAT, _map(map_rows, "gather"),
                          "y[h D + c] = w[h D + order[h // repeat, c]]"),
     "gather_cols": OpDef(2, "N heads*D, int kv D -> N heads*D", _HEADS | _REPEAT,
-                         _map_cols("gather"), "y[:, h D + c] = w[:, h D + order[h // repeat, c]]"),
+                         _map(map_cols, "gather"),
+                         "y[:, h D + c] = w[:, h D + order[h // repeat, c]]"),
     "hadamard_rows": OpDef(1, "heads*pow2 N -> heads*pow2 N | heads*pow2 -> heads*pow2", _HEADS,
-                           _map_rows("hadamard"), "y_h = Hd w_h"),
+                           _map(map_rows, "hadamard"), "y_h = Hd w_h"),
     "hadamard_cols": OpDef(1, "N heads*pow2 -> N heads*pow2", _HEADS,
-                           _map_cols("hadamard"), "y_h = w_h Hd"),
+                           _map(map_cols, "hadamard"), "y_h = w_h Hd"),
 }
 # fmt: on
 

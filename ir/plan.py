@@ -17,7 +17,7 @@ from math import ceil
 from typing import Any, Literal
 
 from .basis import map_of
-from .encodings import Bfp, Int, Raw, Tokens
+from .encodings import Bfp, Drop, Int, Raw, Slice, Slices, Tokens
 from .encodings.raw import check_choice, check_integer
 from .errors import KvantError
 from .graph import Graph, Op, Value
@@ -71,21 +71,43 @@ class StreamPlan:
         """Return the bytes of a page. Raises: KvantError if no layout holds the format."""
         return PageLayout(self.page_tokens, self.heads, self.channels, self.tokens.rest)
 
-    def bytes(self, length: int) -> int:
+    def held_from(self, length: int, window: int | None) -> int:
+        """Return the first position that the pages hold when `length` tokens are stored; >= sink.
+
+        With a window of w, no query to come sees a position before length - w + 1. A page is given
+        back when all of it is older than that by the tokens of one page more: that many tokens can
+        always be taken back. So pages hold fewer than w + 2 page_tokens positions, however long
+        the row.
+
+        Args:
+            length: tokens of the row, all that is due encoded.
+            window: of the layer, or None for none.
+        """
+        sink, page = self.tokens.sink, self.page_tokens
+        if window is None:
+            return sink
+        old = min(length - window + 1 - page, self.tokens.encoded_end(length)) - sink
+        return sink + max(0, old) // page * page
+
+    def bytes(self, length: int, window: int | None = None) -> int:
         """Return the bytes in use of a batch-1 cache of `length` tokens, all that is due encoded.
 
         Sink and tail tokens in their raw type, whole pages in use, 8 bytes of table a page.
+
+        Args:
+            length: tokens of the row.
+            window: of the layer, or None for none; see `held_from`.
         """
         end = self.tokens.encoded_end(length)
         raw_tokens = min(length, self.tokens.sink) + max(0, length - end)
         raw_bytes = raw_tokens * self.heads * self.channels * self.tokens.raw.itemsize
-        pages = ceil((end - self.tokens.sink) / self.page_tokens)
+        pages = ceil((end - self.held_from(length, window)) / self.page_tokens)
         return raw_bytes + pages * (self.page_layout().page_bytes + TABLE_BYTES)
 
-    def bits_per_element(self, length: int) -> float:
+    def bits_per_element(self, length: int, window: int | None = None) -> float:
         """Return the stored bits for each number of a cache of `length` tokens; 0 for none."""
         elements = length * self.heads * self.channels
-        return 8.0 * self.bytes(length) / elements if elements else 0.0
+        return 8.0 * self.bytes(length, window) / elements if elements else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +125,7 @@ class AttentionPlan:
         out_maps: applied to the output online, with the same `repeat`; usually none.
         compute: "float", or "int": q is rounded per (query, head) to 8 bits for 4-bit keys, and to
             16 bits for 8-bit keys.
+        sinks: name of the constant of learned sinks, one logit [q_heads] in each softmax; or None.
     """
 
     q_heads: int
@@ -114,6 +137,7 @@ class AttentionPlan:
     v: StreamPlan
     out_maps: tuple[Map, ...]
     compute: Literal["float", "int"] = "float"
+    sinks: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse a plan whose parts do not fit one another."""
@@ -128,6 +152,8 @@ class AttentionPlan:
         _check_maps(where, self.q_maps, self.k.channels)
         _check_maps(where, self.out_maps, self.v.channels)
         self._check_heads(where)
+        if self.sinks is not None and (not isinstance(self.sinks, str) or not self.sinks):
+            raise _bad_plan(f"sinks is {self.sinks!r}, not the name of a constant", where)
         check_choice(where, "compute", self.compute, ("float", "int"))
         if self.compute == "int" and self.query_bits is None:
             raise KvantError(
@@ -149,6 +175,10 @@ class AttentionPlan:
         if self.compute == "float" or not isinstance(rest, Int) or rest.axis != "token":
             return None
         return QUERY_BITS.get(rest.bits)
+
+    def bytes(self, length: int) -> int:
+        """Return the bytes in use of a batch-1 cache of one such layer; see `StreamPlan.bytes`."""
+        return sum(stream.bytes(length, self.window) for stream in (self.k, self.v))
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as JSON objects, each with its "kind"."""
@@ -185,6 +215,9 @@ KINDS: dict[str, type[Any]] = {
     "raw": Raw,
     "int": Int,
     "bfp": Bfp,
+    "drop": Drop,
+    "slice": Slice,
+    "slices": Slices,
     "hadamard": Hadamard,
     "gather": Gather,
     "scale": Scale,
@@ -286,7 +319,18 @@ def plan_from_graph(graph: Graph, compute: Literal["float", "int"] = "float") ->
         v=v,
         out_maps=_maps_after(graph, site.result, repeat),
         compute=compute,
+        sinks=_sinks(graph, site),
     )
+
+
+def _sinks(graph: Graph, site: Op) -> str | None:
+    """Return the name of the parameter that holds the learned sinks."""
+    if len(site.args) == 3:
+        return None
+    made = graph.producer(site.args[3])
+    if made.name != "param":
+        raise _unsupported(graph, f"sinks made by {made.name}", "use a parameter")
+    return made.attr_as("name", str)
 
 
 def _stream(graph: Graph, read: Value, role: str) -> StreamPlan:

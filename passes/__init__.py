@@ -23,8 +23,8 @@ def _always(options: Mapping[str, Any]) -> bool:
     return True
 
 
-def _by_rms(options: Mapping[str, Any]) -> bool:
-    return options.get("key") == "rms"
+def _by_stats(options: Mapping[str, Any]) -> bool:
+    return bool(options.get("key", "weight") != "weight")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +55,8 @@ PASSES: dict[str, PassDef] = {
     "hadamard-v": PassDef(hadamard_v, exact=True),
     "hadamard-qk": PassDef(hadamard_qk, exact=True),
     "smooth-k": PassDef(smooth_k, True, smooth_k_constants, check_smooth_k, _always),
-    "sort-k": PassDef(sort_k, True, sort_k_constants, check_sort_k, _by_rms),
-    "sort-v": PassDef(sort_v, True, sort_v_constants, check_sort_v, _by_rms),
+    "sort-k": PassDef(sort_k, True, sort_k_constants, check_sort_k, _by_stats),
+    "sort-v": PassDef(sort_v, True, sort_v_constants, check_sort_v, _by_stats),
     "store": PassDef(store, bound=store_error_bound),
     "dead-code": PassDef(dead_code, exact=True),
 }

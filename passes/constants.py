@@ -7,6 +7,7 @@ through the maps of the basis. Earlier constants are looked up in `weights` unde
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -14,13 +15,14 @@ from ..ir.arrays import Array
 from ..ir.errors import KvantError
 from ..ir.evaluate import evaluate
 from ..ir.graph import Graph, Value
-from ..ir.maps import Hadamard, Map, apply
+from ..ir.maps import Hadamard, Map, Scale, apply
 from ..ir.rewrite import dead_code
 from ..ir.stats import LayerStats
-from .sites import Path, Site, find_site, is_weight
+from .sites import Path, Site, find_site, fold_points, is_weight
 
 Maps = tuple[Map, ...]
-SORT_KEYS = ("weight", "rms")
+SortKey = Literal["weight", "rms", "range", "fisher"]
+SORT_KEYS = get_args(SortKey)
 
 
 def need_site(graph: Graph) -> Site:
@@ -118,6 +120,39 @@ def root_mean_square(
     """Return sqrt(E[x^2]) per head and channel of k or v, [H, D], after `maps`."""
     moment = stats.k_second_moment if path.role == "k" else stats.v_second_moment
     return mapped(path, maps, np.sqrt(np.asarray(moment, np.float64)), constants)
+
+
+def key_sensitivity(
+    site: Site, maps: Maps, stats: LayerStats, constants: Mapping[str, Array]
+) -> Array:
+    """Return max k_c^2 E[q_c^2] per key channel, [H, D], after `maps`; the mean is over a group.
+
+    Up to a factor, this is what a channel's rounding adds to the variance of the scores: its step
+    grows with its range, and d<q, k>/dk_c = q_c, so E[q_c^2] is the Fisher information of the
+    scores (seen with Gaussian noise of variance 1) about k_c. A scale on k is undone on q.
+    """
+    moment = np.asarray(stats.q_second_moment, np.float64)
+    per_head = moment.reshape(site.heads, site.group, -1).mean(axis=1)
+    size = np.asarray(stats.k_absmax, np.float64) ** 2 * per_head
+    return mapped(site.k, tuple(m for m in maps if not isinstance(m, Scale)), size, constants)
+
+
+def value_sensitivity(
+    graph: Graph,
+    site: Site,
+    maps: Maps,
+    stats: LayerStats,
+    weights: Mapping[str, Array],
+) -> Array:
+    """Return max v_c^2 |W_o[:, c]|^2 per value channel, [H, Dv], after `maps`.
+
+    The same for values: what leaves the layer is y = W_o o, and dy/do_c is column c of W_o; the
+    squared norms are summed over the query heads of a group, each of which reads v_c.
+    """
+    (projection,) = fold_points(site.out, "permutation")
+    squares = (weight_value(graph, projection.args[1], weights) ** 2).sum(axis=0)
+    per_head = squares.reshape(site.heads, site.group, -1).sum(axis=1)
+    return np.asarray(absmax(site.v, maps, stats, weights) ** 2 * per_head)
 
 
 def named_array(name: str, constants: Mapping[str, Array], shape: tuple[int, ...]) -> Array:

@@ -18,11 +18,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from ..ir.arrays import Array
 from ..ir.encodings.tokens import Tokens
 from ..ir.errors import KvantError
 from ..ir.graph import Graph, Op, Value
 from ..ir.maps import ONLINE, Map
 from ..ir.rewrite import Builder
+from ..ir.rope import partner
 
 WEIGHT_VIEWS = ("slice_rows", "transpose_w")
 WEIGHT_EDITS = (
@@ -33,7 +35,7 @@ WEIGHT_EDITS = (
     "hadamard_rows",
     "hadamard_cols",
 )
-_STREAM = (*ONLINE, "rope", "rms_norm", "split_heads", "add", "linear")
+_STREAM = (*ONLINE, "rope", "rms_norm", "center", "split_heads", "add", "linear")
 
 # (kind of map, op it would have to pass) -> why it may not.
 _REFUSED = {
@@ -52,7 +54,10 @@ _REFUSED = {
     ("shift", "rms_norm"): "the norm divides by a size that the shift changes",
 }
 
-_NO_SHIFT = "a shift is not built; under a softcap a shift of the keys would not even be exact"
+_NO_SHIFT = (
+    "a shift is not built; under a softcap or beside a learned sink a shift of the keys would not "
+    "even be exact"
+)
 
 Kind = Literal["pair-scale", "scale", "rotation", "permutation", "shift"]
 EmitFold = Callable[[Builder, Value, Op], Value]
@@ -135,7 +140,7 @@ def find_site(graph: Graph) -> Site | None:
             fix="capture one graph per layer; constants are named per layer",
         )
     attend = attends[0]
-    q, k, v = attend.args
+    q, k, v = attend.args[:3]
     k_write, v_write = _cache_write(graph, k), _cache_write(graph, v)
     q_heads, _ = _heads_and_width(q)
     heads, k_width = _heads_and_width(k_write.args[0])
@@ -154,19 +159,10 @@ def find_site(graph: Graph) -> Site | None:
     )
 
 
-def pair_of(rope: Op, width: int) -> tuple[int, ...]:
-    """Return for every channel of a head the other channel of its RoPE pair.
-
-    Raises: KvantError ("unsupported-rope") for a style whose pairs are not known here.
-    """
-    if rope.attr("style") == "half":
-        return tuple((c + width // 2) % width for c in range(width))
-    raise KvantError(
-        "unsupported-rope",
-        f"the pairs of RoPE style {rope.attr('style')} are not known",
-        where=f"rope {rope.result}",
-        fix="use a pass that does not scale keys",
-    )
+def partners(rope: Op) -> Array:
+    """Return for every channel of a head the other one of its RoPE pair, or itself."""
+    x, cos, _ = (arg.tensor.shape[-1] for arg in rope.args)
+    return partner(rope.attr_as("style", str), int(str(cos)), int(str(x)))
 
 
 def fold_refusal(path: Path, kind: Kind) -> str | None:

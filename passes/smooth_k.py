@@ -8,7 +8,7 @@ lambda is `kvant.k_smooth` [H, D], one row per key/value head, shared by its que
 
     lambda_c = max(a_c, a_c')^alpha,   a_c = max_t |k_tc|,   c' = the other channel of the RoPE pair
 
-and 1 where the maximum is 0.
+(c itself where RoPE passes a channel through), and 1 where the maximum is 0.
 
 A scale that is equal within a pair commutes with RoPE, so both sides fold into weights: rows and
 biases of q_proj and k_proj, or the weights of a QK-norm, which would normalise an earlier scale
@@ -44,7 +44,7 @@ from .sites import (
     fold_points,
     fold_refusal,
     folded_of,
-    pair_of,
+    partners,
     with_folded,
 )
 
@@ -102,7 +102,7 @@ def smooth_k_constants(
     size = absmax(site.k, maps, need_stats(stats, "smooth-k"), weights)
     rope = site.k.rope
     if rope is not None:
-        size = np.maximum(size, size[:, pair_of(rope, site.k.width)])
+        size = np.maximum(size, size[:, partners(rope)])
     smooth = np.where(size > 0.0, size, 1.0) ** alpha
     made = {SMOOTH: smooth}
     factors = (np.repeat(smooth, site.group, axis=0), 1.0 / smooth)
@@ -128,7 +128,7 @@ def check_smooth_k(graph: Graph, constants: Mapping[str, Array]) -> None:
         raise bad_constant(SMOOTH, "a scale is not a positive number", "use scales above 0")
     if site.k.rope is None:
         return
-    other = smooth[:, pair_of(site.k.rope, site.k.width)]
+    other = smooth[:, partners(site.k.rope)]
     if not np.array_equal(smooth, other):
         head, channel = (int(i) for i in np.argwhere(smooth != other)[0])
         what = (

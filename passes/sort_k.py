@@ -8,11 +8,17 @@ The order is `kvant.k_order` [H, D], one per key/value head, shared by its query
 storage order after RoPE and is never folded: under RoPE a channel's angle belongs to its place.
 Source: "Accurate Block Quantization in LLMs with Outliers" (Trukhanov and Soloveychik, 2024),
 K-sort: argsort of the row norms of W_k. Differs from it in: the bias and a norm weight count;
-post-RoPE; key = "rms" sorts by sqrt(E[k_c^2]) of calibration instead.
+post-RoPE; three other keys, from calibration, of which the last is ours:
+
+    rms      sqrt(E[k_c^2])
+    range    max|k_c|               as SKVQ (Duanmu et al., 2024) groups channels
+    fisher   max k_c^2 E[q_c^2]     what rounding k_c adds to the variance of the scores
+
+The order is ascending, so that a recipe of slices finds the outliers in its last slice. Equal
+channels stay in their old order.
 """
 
 from collections.abc import Mapping
-from typing import Literal
 
 from ..ir.arrays import Array
 from ..ir.basis import map_of
@@ -23,8 +29,11 @@ from ..ir.stats import LayerStats
 from ..ir.types import TensorType
 from .constants import (
     SORT_KEYS,
+    SortKey,
+    absmax,
     check_order,
     check_word,
+    key_sensitivity,
     mapped,
     need_site,
     need_stats,
@@ -37,12 +46,12 @@ from .sites import basis_of, check_once, emit_write, find_site
 ORDER = "kvant.k_order"
 
 
-def sort_k(graph: Graph, *, key: Literal["weight", "rms"] = "weight") -> Graph:
+def sort_k(graph: Graph, *, key: SortKey = "weight") -> Graph:
     """Store keys in the order of their channels' size; gather k at append and q in prepare.
 
     Args:
         graph: of a layer.
-        key: "weight": norms of the rows of W_k with bias; "rms": sqrt of the second moment.
+        key: "weight": norms of the rows of W_k with bias; the others as above, from calibration.
 
     Returns: the new graph; `graph` itself if it has no attention.
     Raises: KvantError ("already-applied", "bad-option").
@@ -71,27 +80,28 @@ def sort_k_constants(
     weights: Mapping[str, Array],
     stats: LayerStats | None,
     *,
-    key: Literal["weight", "rms"] = "weight",
+    key: SortKey = "weight",
 ) -> dict[str, Array]:
     """Return {"kvant.k_order"}: i64 [H, D], ascending, equal channels in their old order.
 
     Args:
         graph: the graph before this pass.
         weights: parameters of the layer, and constants of earlier passes, by name.
-        stats: needed for key = "rms".
+        stats: needed for every key but "weight".
         key: as in `sort_k`.
 
     Raises: KvantError ("needs-stats", "needs-weights", "illegal-fold", "bad-option").
     """
     check_word("sort-k", "key", key, SORT_KEYS)
     site = need_site(graph)
-    if key == "rms":
-        maps = basis_of(site.k_write)
-        size = root_mean_square(site.k, maps, need_stats(stats, "sort-k"), weights)
-    else:
+    if key == "weight":
         maps = tuple(map_of(graph, op) for op in site.k.online)
-        size = mapped(site.k, maps, row_norms(graph, site.k, weights), weights)
-    return {ORDER: order_by(size)}
+        return {ORDER: order_by(mapped(site.k, maps, row_norms(graph, site.k, weights), weights))}
+    seen, maps = need_stats(stats, "sort-k"), basis_of(site.k_write)
+    if key == "fisher":
+        return {ORDER: order_by(key_sensitivity(site, maps, seen, weights))}
+    size = root_mean_square if key == "rms" else absmax
+    return {ORDER: order_by(size(site.k, maps, seen, weights))}
 
 
 def check_sort_k(graph: Graph, constants: Mapping[str, Array]) -> None:

@@ -5,13 +5,17 @@
     sum_h sum_c W_o[h, p(c)] o_h[p(c)] = sum_h sum_c W_o[h, c] o_h[c]      for every permutation p
 
 Values never meet RoPE, so the order folds: into the rows and bias of v_proj, and into the columns
-of o_proj for every query head of the group. The order is `kvant.v_order` [H, D]: argsort of the
-row norms of W_v.
+of o_proj for every query head of the group. The order is `kvant.v_order` [H, D], ascending, equal
+channels as they were; by the row norms of W_v, or from calibration:
+
+    rms      sqrt(E[v_c^2])
+    range    max|v_c|
+    fisher   max v_c^2 |W_o[:, c]|^2    what rounding v_c adds to the layer's output
+
 Source: our own extension of K-sort (Trukhanov and Soloveychik, 2024), which sorts keys only.
 """
 
 from collections.abc import Mapping
-from typing import Literal
 
 from ..ir.arrays import Array
 from ..ir.graph import Graph, Op, Value
@@ -21,6 +25,8 @@ from ..ir.stats import LayerStats
 from ..ir.types import TensorType
 from .constants import (
     SORT_KEYS,
+    SortKey,
+    absmax,
     check_order,
     check_word,
     need_site,
@@ -28,18 +34,19 @@ from .constants import (
     order_by,
     root_mean_square,
     row_norms,
+    value_sensitivity,
 )
 from .sites import check_once, emit_write, find_site, fold_into, fold_points, folded_of, with_folded
 
 ORDER = "kvant.v_order"
 
 
-def sort_v(graph: Graph, *, key: Literal["weight", "rms"] = "weight") -> Graph:
+def sort_v(graph: Graph, *, key: SortKey = "weight") -> Graph:
     """Order values by their channels' size, folded into v_proj and o_proj.
 
     Args:
         graph: of a layer.
-        key: "weight": norms of the rows of W_v with bias; "rms": sqrt of the second moment.
+        key: "weight": norms of the rows of W_v with bias; the others as above, from calibration.
 
     Returns: the new graph; `graph` itself if it has no attention.
     Raises: KvantError ("already-applied", "bad-option", "illegal-fold").
@@ -77,18 +84,18 @@ def sort_v_constants(
     weights: Mapping[str, Array],
     stats: LayerStats | None,
     *,
-    key: Literal["weight", "rms"] = "weight",
+    key: SortKey = "weight",
 ) -> dict[str, Array]:
     """Return {"kvant.v_order"}: i64 [H, D], ascending. Arguments as in `sort_k_constants`."""
     check_word("sort-v", "key", key, SORT_KEYS)
     site = need_site(graph)
-    if key == "rms":
-        size = root_mean_square(
-            site.v, folded_of(site.v_write, site.v), need_stats(stats, "sort-v"), weights
-        )
-    else:
-        size = row_norms(graph, site.v, weights)
-    return {ORDER: order_by(size)}
+    if key == "weight":
+        return {ORDER: order_by(row_norms(graph, site.v, weights))}
+    seen, maps = need_stats(stats, "sort-v"), folded_of(site.v_write, site.v)
+    if key == "fisher":
+        return {ORDER: order_by(value_sensitivity(graph, site, maps, seen, weights))}
+    size = root_mean_square if key == "rms" else absmax
+    return {ORDER: order_by(size(site.v, maps, seen, weights))}
 
 
 def check_sort_v(graph: Graph, constants: Mapping[str, Array]) -> None:

@@ -8,16 +8,16 @@ exp(-2d)..exp(2d), hence
 
     |o' - o|  <=  (exp(2d) - 1) max_t |v_t|  +  max_t |dv_t|      per query, head and channel
 
-Source: the definition of softmax. A layer with a sliding window is left as it was captured, in the
-model's dtype, unless window = "quantize" is asked for.
+Source: the definition of softmax. A layer with a sliding window keeps its keys and values in the
+model's dtype, as a ring of as many tokens as it sees, unless window = "quantize" is asked for.
 """
 
 from typing import Literal
 
 import numpy as np
 
-from ..ir.arrays import Array
-from ..ir.encodings.tokens import Tokens
+from ..ir.arrays import Array, FloatName
+from ..ir.encodings import Raw, Slices, Tokens
 from ..ir.errors import KvantError
 from ..ir.graph import Graph, Op, Value
 from ..ir.rewrite import Builder, rewrite
@@ -32,8 +32,9 @@ def store(
     v: Tokens,
     window: Literal["keep", "quantize"] = "keep",
     context: int | None = None,
+    dtype: FloatName = "f32",
 ) -> Graph:
-    """Set how keys and values are stored; layers with a sliding window are kept by default.
+    """Set how keys and values are stored; those of a sliding window stay floats by default.
 
     Args:
         graph: of a layer.
@@ -41,8 +42,9 @@ def store(
         v: encoding of the values.
         window: what to do with a layer that has a sliding window.
         context: most tokens that the model can hold, if known: an encoding must quantize within it.
+        dtype: of the model; that of a layer with a sliding window if window = "keep".
 
-    Returns: the new graph; `graph` itself if it has no attention, or a window and window = "keep".
+    Returns: the new graph; `graph` itself if it has no attention.
     Raises: KvantError ("quantizes-nothing", "group-does-not-divide", "bad-option").
     """
     check_word("store", "window", window, ("keep", "quantize"))
@@ -53,10 +55,12 @@ def store(
     k.check(site.k.width, "stream k")
     v.check(site.v.width, "stream v")
     if sliding is not None and window == "keep":
-        return graph
-    limits = [limit for limit in (sliding, context) if isinstance(limit, int)]
-    check_quantizes("k", k, min(limits, default=None))
-    check_quantizes("v", v, min(limits, default=None))
+        # Rounded at append, so that nothing changes when a token moves from the tail to a page.
+        k = v = Tokens(rest=Raw(dtype), raw=Raw(dtype))
+    else:
+        limits = [limit for limit in (sliding, context) if isinstance(limit, int)]
+        check_quantizes("k", k, min(limits, default=None))
+        check_quantizes("v", v, min(limits, default=None))
 
     def rule(b: Builder, op: Op, args: tuple[Value, ...]) -> Value | None:
         if op not in (site.k_write, site.v_write):
@@ -77,6 +81,12 @@ def check_quantizes(role: str, tokens: Tokens, limit: int | None) -> None:
     Raises: KvantError ("quantizes-nothing").
     """
     raw = tokens.sink + (tokens.recent if tokens.flush == "group" else 0)
+    if isinstance(tokens.rest, Slices) and tokens.rest.is_raw:
+        raise _nothing(
+            role,
+            "every slice of the channels is raw",
+            "use one raw format for all channels, or give a slice fewer bits",
+        )
     if tokens.quantizes and limit is not None and limit <= raw:
         raise _nothing(
             role,

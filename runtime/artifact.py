@@ -134,7 +134,7 @@ class Artifact:
 
     def show(self) -> dict[str, Any]:
         """Return what `show` prints; bits and bytes are of a cache of SHOWN_CONTEXT tokens."""
-        size = sum(p.k.bytes(SHOWN_CONTEXT) + p.v.bytes(SHOWN_CONTEXT) for p in self.plans)
+        size = sum(plan.bytes(SHOWN_CONTEXT) for plan in self.plans)
         elements = self._elements_per_token()
         targets = self.manifest["targets"]
         return {

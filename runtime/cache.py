@@ -13,19 +13,22 @@ from typing import Any, Protocol
 import numpy as np
 
 from ..ir.errors import KvantError
-from ..ir.plan import AttentionPlan
-from .columns import Columns, from_end, new_columns, to_end
-from .pages import PagePool, open_pool
+from ..ir.plan import AttentionPlan, StreamPlan
+from .columns import Columns, new_columns
+from .memory import Memory
+from .pages import PagePool
+from .queries import attend_columns, check_queries
+from .rollback import check_cut
 from .state_file import read_state, write_state
 from .stream import (
     Floats,
     Ints,
     Kernels,
     Stream,
-    can_cut,
     cut,
     drop_pages,
     due,
+    held_from,
     make_room,
     new_stream,
     page_limit,
@@ -38,14 +41,15 @@ from .tensors import (
     Kind,
     check_finite,
     check_shape,
-    read_floats,
     read_integer,
     read_integers,
-    write_floats,
     wrong_value,
 )
 
 __all__ = ["Cache", "Kernels", "Layer", "Source", "Stream", "restore"]
+
+
+Span = tuple[Ints, Ints]  # what the pages of a stream hold: positions [held, encoded) of each row
 
 
 @dataclass(slots=True)
@@ -104,15 +108,19 @@ class Cache:
         self.artifact_id = artifact_id
         self.kernels = kernels
         self.reserved = 0
-        self.pools = _open_pools(plans, self.batch, self.max_tokens)
+        self.memory = kernels.memory
+        self.pools = _open_pools(plans, self.batch, self.max_tokens, self.memory)
         self.layers = tuple(self._new_layer(plan, new_columns(first)) for plan in plans)
 
     def _new_layer(self, plan: AttentionPlan, columns: Columns) -> Layer:
         k, v = (
-            new_stream(s, self.pools[s.page_layout().page_bytes], self.batch, self.max_tokens)
+            new_stream(s, self._pool_of(s), self.batch, self.max_tokens, plan.window, self.memory)
             for s in (plan.k, plan.v)
         )
         return Layer(plan, k, v, columns)
+
+    def _pool_of(self, stream: StreamPlan) -> PagePool:
+        return self.pools[stream.page_layout().page_bytes]
 
     @property
     def start(self) -> Ints:
@@ -121,7 +129,8 @@ class Cache:
 
     @property
     def length(self) -> int:
-        """Number of columns that every layer has, padding included."""
+        """Number of columns that every layer has, padding included. On a device it checks."""
+        self.kernels.check()
         return min(layer.columns.length for layer in self.layers)
 
     @property
@@ -163,14 +172,10 @@ class Cache:
             self.kernels.append(layer, state.v, new_v, first, count)
         except KvantError:
             # The kernels look for NaN as they store; what was given is searched only after that.
-            check_finite("k", new_k, first, count, where)
-            check_finite("v", new_v, first, count, where)
+            check_finite("k", self.memory.fetch(new_k), first, count, where)
+            check_finite("v", self.memory.fetch(new_v), first, count, where)
             raise
-        k_end, v_end = self._encode_due(layer, state)
-        state.k.encoded, state.v.encoded = k_end, v_end
-        state.k.length, state.v.length, state.columns = length, length, columns
-        for stream in state.streams:
-            trim(stream)
+        _settle(state, self._encode_due(layer, state), length, columns)
 
     def attend(self, layer: int, q: object, return_lse: bool = False) -> Any:
         """Return attention of the last T_q columns over everything appended so far.
@@ -182,10 +187,11 @@ class Cache:
 
         Returns: [B, Hq, T_q, Dv], of the library and dtype of q; zeros (and -inf) for padding.
         Raises: KvantError "unknown-layer", "wrong-type", "wrong-dtype", "wrong-device",
-            "wrong-shape".
+            "wrong-shape"; "window-given-back" where a layer with a sliding window is asked for
+            queries of an earlier append, or of this one after a flush, beyond one page of tokens.
         """
         state, where = self._layer(layer, "attend"), f"layer {layer}, attend"
-        x, kind = read_floats("q", q)
+        x, kind = self.memory.read_floats("q", q)
         plan = state.plan
         check_shape("q", x.shape, (self.batch, plan.q_heads, "T", plan.k.channels), where)
         tokens = x.shape[2]
@@ -197,87 +203,69 @@ class Cache:
                 fix="append the keys and values of these columns first",
             )
         if tokens == 0:
-            out = np.zeros((self.batch, plan.q_heads, 0, plan.v.channels), np.float32)
-            lse = np.zeros(out.shape[:3], np.float32)
+            out = self.memory.zeros((self.batch, plan.q_heads, 0, plan.v.channels))
+            lse = self.memory.zeros((self.batch, plan.q_heads, 0))
         else:
-            out, lse = self._attend_columns(layer, state, x)
-        result = write_floats(out, kind)
-        return (result, write_floats(lse, Kind(kind.library, "float32"))) if return_lse else result
-
-    def _attend_columns(self, layer: int, state: Layer, q: Floats) -> tuple[Floats, Floats]:
-        """Attend, with the queries of right-padded rows moved to where the kernels expect them."""
-        valid = state.columns.is_valid(q.shape[2])
-        if valid is None:
-            return self.kernels.attend(layer, q, state.k, state.v)
-        out, lse = self.kernels.attend(layer, to_end(q, valid), state.k, state.v)
-        return from_end(out, valid, 0.0), from_end(lse, valid, -np.inf)
+            check_queries(state.columns, state.streams, tokens, where)
+            out, lse = attend_columns(self.kernels, layer, x, state.columns, state.k, state.v)
+        result = self.memory.write_floats(out, kind)
+        if not return_lse:
+            return result
+        return result, self.memory.write_floats(lse, Kind(kind.library, "float32"))
 
     def flush(self) -> None:
-        """Encode now, in every layer, what the next append would encode."""
+        """Encode and give back now, in every layer, what the next append would."""
         for layer in range(len(self.layers)):
             self.flush_layer(layer)
 
     def flush_layer(self, layer: int) -> None:
-        """Encode now what the next append to this layer would encode."""
+        """Encode and give back now what the next append to this layer would."""
         state = self._layer(layer, "flush")
-        k_end, v_end = self._encode_due(layer, state)
-        state.k.encoded, state.v.encoded = k_end, v_end
-        for stream in state.streams:
-            trim(stream)
+        _settle(state, self._encode_due(layer, state), state.k.length, state.columns)
 
-    def _encode_due(self, layer: int, state: Layer) -> tuple[Ints, Ints]:
-        """Write the pages of what is due and return their new ends, k's and v's.
+    def _encode_due(self, layer: int, state: Layer) -> list[Span]:
+        """Write the pages of what is due and return what pages hold from now on, k's and v's.
 
-        Nothing counts until the caller stores the ends; on an error the pages are given back.
+        What no window sees any more is not even written. Nothing counts before `_settle`; on an
+        error the pages are given back.
         """
-        ends = due(state.k, self.reserved), due(state.v, self.reserved)
+        spans = [(held_from(s, self.reserved), due(s, self.reserved)) for s in state.streams]
         try:
-            for stream, end in zip(state.streams, ends, strict=True):
-                if (end > stream.encoded).any():
-                    take_pages(stream, end)
-                    self.kernels.encode(layer, stream, stream.encoded, end)
+            for stream, (held, end) in zip(state.streams, spans, strict=True):
+                begin = np.maximum(stream.encoded, held)
+                if (end > begin).any():
+                    take_pages(stream, begin, end)
+                    self.kernels.encode(layer, stream, begin, end)
         except BaseException:
             for stream in state.streams:
-                drop_pages(stream, stream.encoded)
+                drop_pages(stream)
             raise
-        return ends
+        return spans
 
     def truncate(self, n: int) -> None:
         """Forget the columns from n on, in every layer.
 
         Exact down to the encoded end of every row; below, the cut must fall between two groups of
-        every stream.
+        every stream. A layer with a sliding window can be cut by as many tokens as a page holds
+        after a flush, and as were appended since, at least; more where it is shorter than that.
 
-        Raises: KvantError "wrong-value"; "truncate-inside-group", which names the nearest legal
-            numbers of columns. Nothing is changed then.
+        Raises: KvantError "wrong-value"; "truncate-inside-group" or "truncate-behind-window", which
+            name the nearest legal numbers of columns. Nothing is changed then.
         """
         columns = read_integer("n", n, 0)
         if columns > self.length:
             raise wrong_value("n", columns, f"at most {self.length}, the columns there are")
-        if not self._can_truncate(columns):
-            below = next(c for c in range(columns - 1, -1, -1) if self._can_truncate(c))
-            above = next(c for c in range(columns + 1, self.length + 1) if self._can_truncate(c))
-            raise KvantError(
-                "truncate-inside-group",
-                f"{columns} columns would cut a group of encoded tokens in two",
-                where="truncate",
-                fix=f"truncate to {below} or {above}, or reserve(n) before speculative tokens",
-            )
+        check_cut(self.layers, columns, self.length)
         for layer in self.layers:
             length = layer.columns.counts_at(min(columns, layer.columns.length))
             layer.columns = layer.columns.cut(columns)
             for stream in layer.streams:
                 cut(stream, length)
 
-    def _can_truncate(self, columns: int) -> bool:
-        return all(
-            can_cut(stream, layer.columns.counts_at(min(columns, layer.columns.length)))
-            for layer in self.layers
-            for stream in layer.streams
-        )
-
     def reserve(self, n: int) -> None:
         """Keep the n newest tokens raw from now on, so that rolling them back is always exact.
+
+        Layers with a sliding window keep n tokens more.
 
         Raises: KvantError "wrong-value".
         """
@@ -308,8 +296,9 @@ class Cache:
     def save(self, path: str | PathLike[str]) -> None:
         """Write the whole state to a file, mode 0600, there whole or not at all.
 
-        Raises: KvantError "output-not-written".
+        Raises: KvantError "output-not-written"; on a device, what `Kernels.check` raises.
         """
+        self.kernels.check()
         write_state(self, path)
 
     def _layer(self, layer: int, call: str) -> Layer:
@@ -331,7 +320,7 @@ class Cache:
     ) -> tuple[Floats, Floats, Ints | None]:
         """Check everything about an append but its values."""
         plan = state.plan
-        new_k, new_v = read_floats("k", k)[0], read_floats("v", v)[0]
+        new_k, new_v = (self.memory.read_floats(*x)[0] for x in (("k", k), ("v", v)))
         check_shape("k", new_k.shape, (self.batch, plan.k.heads, "T", plan.k.channels), where)
         tokens = new_k.shape[2]
         check_shape("v", new_v.shape, (self.batch, plan.v.heads, tokens, plan.v.channels), where)
@@ -347,6 +336,18 @@ class Cache:
                 fix="create the cache with a larger max_tokens, or truncate it",
             )
         return new_k, new_v, padding
+
+
+def _settle(state: Layer, spans: Sequence[Span], length: Ints, columns: Columns) -> None:
+    """Let count what was written; then give back what nobody reads any more."""
+    before = [stream.held for stream in state.streams]
+    for stream, (held, end) in zip(state.streams, spans, strict=True):
+        stream.held, stream.encoded = held, end
+    state.k.length, state.v.length, state.columns = length, length, columns
+    for stream, held in zip(state.streams, before, strict=True):
+        if stream.held is not held:
+            drop_pages(stream)
+        trim(stream)
 
 
 class Source(Protocol):
@@ -384,11 +385,13 @@ def restore(source: Source, path: str | PathLike[str]) -> Cache:
     return read_state(path, source.id, source.plans, new_cache)
 
 
-def _open_pools(plans: Sequence[AttentionPlan], batch: int, max_tokens: int) -> dict[int, PagePool]:
+def _open_pools(
+    plans: Sequence[AttentionPlan], batch: int, max_tokens: int, memory: Memory
+) -> dict[int, PagePool]:
     """Return one pool for each size of page, large enough for every stream at its limit."""
     pages: dict[int, int] = {}
     for plan in plans:
         for stream in (plan.k, plan.v):
             size = stream.page_layout().page_bytes
-            pages[size] = pages.get(size, 0) + batch * page_limit(stream, max_tokens)
-    return {size: open_pool(size, count) for size, count in pages.items()}
+            pages[size] = pages.get(size, 0) + batch * page_limit(stream, max_tokens, plan.window)
+    return {size: memory.open_pool(size, count) for size, count in pages.items()}

@@ -64,10 +64,14 @@ def by_layer(arrays: Mapping[str, Array], layers: int) -> tuple[dict[str, Array]
 
 
 def check_maps(plan: AttentionPlan, constants: Mapping[str, Array], layer: int, where: str) -> None:
-    """Refuse a layer whose maps name a constant that is missing or is not what the map needs.
+    """Refuse a layer whose maps or sinks name a constant that is missing or is not what they need.
 
     Raises: KvantError "constants-wrong".
     """
+    if plan.sinks is not None:
+        array, key = constants.get(plan.sinks), f"layers.{layer}.{plan.sinks}"
+        if _present(array, key, (plan.q_heads,), f"{where}/{CONSTANTS}").dtype.kind != "f":
+            _wrong(key, "holds a sink that is not a float", f"{where}/{CONSTANTS}")
     uses: list[tuple[Map, StreamPlan]] = [(m, plan.k) for m in plan.k.maps + plan.q_maps]
     uses += [(m, plan.v) for m in plan.v.maps + plan.out_maps]
     for m, stream in uses:
@@ -171,7 +175,7 @@ def _are_options(op: Mapping[str, Json]) -> bool:
 def _present(array: Array | None, key: str, shape: tuple[int, ...] | None, place: str) -> Array:
     if array is None:
         _wrong(key, "is missing", place)
-    if array.ndim != 2 or (shape is not None and array.shape != shape):
+    if array.shape != shape if shape is not None else array.ndim != 2:
         wanted = "[heads, channels]" if shape is None else list(shape)
         _wrong(key, f"has shape {list(array.shape)}, expected {wanted}", place)
     return array

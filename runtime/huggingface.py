@@ -10,8 +10,9 @@ transformers calls three things of ours, and nothing in the model's code is repl
     the attention function "kvant"   in each layer: reads the tag, appends, attends
 
 A prompt that finds the cache empty is attended with the model's own SDPA, because no token of it is
-stored in packed form yet; the layer is then appended and flushed at once, so that the raw prompt of
-one layer at a time is all that is ever held. Anything the cache cannot represent is refused.
+stored in packed form yet; SDPA knows neither softcap nor learned sinks, so there the cache attends
+what was appended. Either way the layer is flushed at once, so that the raw prompt of one layer at a
+time is all that is ever held. Anything the cache cannot represent is refused.
 """
 
 from dataclasses import dataclass
@@ -247,7 +248,8 @@ class KvantCache(TransformersCache):  # type: ignore[misc]
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest tokens; the argument is their number times -1.
 
-        Raises: KvantError if they were encoded already in groups that would be cut.
+        Raises: KvantError if they were encoded already in groups that would be cut, or the window
+            of a sliding layer would reach behind what it still holds: see `Cache.truncate`.
         """
         if tokens_to_remove > 0 or -tokens_to_remove > self.get_seq_length():
             raise KvantError(
@@ -297,14 +299,14 @@ class KvantCache(TransformersCache):  # type: ignore[misc]
         plan = self.artifact.plans[index]
         check_call(plan, call, index)
         packed = self._open(layer, q, start, call)
-        if layer.seen == 0 and plan.softcap is None:
+        if layer.seen == 0 and plan.softcap is None and plan.sinks is None:
             out = prompt_attention(q, k, v, start, call)
             packed.append(index, k, v)
-            if not self._is_drafting:
-                packed.flush_layer(index)
         else:
             packed.append(index, k, v)
             out = packed.attend(index, q).transpose(1, 2).contiguous()
+        if layer.seen == 0 and not self._is_drafting:
+            packed.flush_layer(index)
         layer.seen += q.shape[2]
         return out
 

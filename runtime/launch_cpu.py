@@ -18,9 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..ir.errors import KvantError
-from ..ir.maps import Gather, Map, Scale
 from ..ir.plan import AttentionPlan
+from .arguments import constant_arguments, stream_values
 from .machine import this_machine, why_not
+from .memory import HOST, Memory
 from .stream import Floats, Ints, Stream
 
 Array = NDArray[Any]
@@ -150,6 +151,8 @@ class Kernels:
         files: verified bytes, "<key>/kernels.so" and "<key>/launch.json".
     """
 
+    memory: Memory = HOST
+
     def __init__(
         self,
         plans: Sequence[AttentionPlan],
@@ -164,7 +167,7 @@ class Kernels:
         }
         self._keys = tuple(keys)
         self._constants = [
-            _constant_arguments(plan, own) for plan, own in zip(plans, constants, strict=True)
+            constant_arguments(plan, own) for plan, own in zip(plans, constants, strict=True)
         ]
         self._scratch = _Scratch()
 
@@ -174,7 +177,7 @@ class Kernels:
         if not batch or not x.size:
             return
         bad = np.zeros(batch * plan.heads, np.int64)
-        values = self._stream_values(stream) | self._constants[layer]
+        values = stream_values(stream) | self._constants[layer]
         values |= {"x": x, "first": first, "count": count, "bad": bad}
         values |= {"batch": batch, "tokens": x.shape[2]}
         self._library(layer).call(f"append_{plan.role}", values)
@@ -193,7 +196,7 @@ class Kernels:
         """Encode positions [begin, end) into pages; see `stream.Kernels`."""
         plan, batch = stream.plan, len(begin)
         bad = np.zeros(batch * plan.heads, np.int64)
-        values = self._stream_values(stream) | {"begin": begin, "end": end, "bad": bad}
+        values = stream_values(stream) | {"begin": begin, "end": end, "bad": bad}
         if batch and bool((end > begin).any()):
             self._library(layer).call(f"encode_{plan.role}", values | {"batch": batch})
         if bad.any():
@@ -224,6 +227,9 @@ class Kernels:
             out[:, :, part], lse[:, :, part] = some_out, some_lse
         return out, lse
 
+    def check(self) -> None:
+        """Do nothing: append and encode refuse at once."""
+
     def _attend(
         self, layer: int, q: Floats, k: Stream, v: Stream, length: Ints, out: Floats, lse: Floats
     ) -> None:
@@ -234,7 +240,7 @@ class Kernels:
         tiles = -(-queries // library.tile_queries)
         padded = tiles * library.tile_queries if queries > 1 else 1
         rows = padded * plan.group
-        values = self._stream_values(k) | self._stream_values(v) | self._constants[layer]
+        values = stream_values(k) | stream_values(v) | self._constants[layer]
         values |= self._workspace(plan, batch * plan.k.heads * rows, splits)
         values |= {"q": q, "out": out, "lse": lse, "length_of": length, "batch": batch}
         values |= {"splits": splits, "rows": rows, "tiles": tiles, "queries": queries}
@@ -257,41 +263,7 @@ class Kernels:
     def _library(self, layer: int) -> Library:
         return self._libraries[self._keys[layer]]
 
-    @staticmethod
-    def _stream_values(stream: Stream) -> dict[str, Any]:
-        """Return everything a kernel may ask of a stream, by name."""
-        pages = stream.pages.reshape(-1)
-        values = {
-            "sink": stream.sink,
-            "tail": stream.tail,
-            "tail_first": stream.tail_first,
-            "table": stream.table,
-            "encoded": stream.encoded,
-            "length": stream.length,
-            "capacity": stream.tail.shape[2],
-            "max_pages": stream.table.shape[1],
-        }
-        values |= dict.fromkeys(("uint8", "uint16", "float16", "float32"), pages)
-        return {f"{stream.plan.role}_{name}": value for name, value in values.items()}
-
 
 def _below(files: Mapping[str, bytes], key: str) -> dict[str, bytes]:
     prefix = f"{key}/"
     return {name[len(prefix) :]: data for name, data in files.items() if name.startswith(prefix)}
-
-
-def _constant_arguments(plan: AttentionPlan, constants: Mapping[str, Array]) -> dict[str, Array]:
-    """Return the constants of all maps under the names that kernels use, in their types."""
-    maps: list[Map] = [*plan.k.maps, *plan.v.maps, *plan.q_maps, *plan.out_maps]
-    arguments: dict[str, Array] = {}
-    for m in maps:
-        match m:
-            case Gather(order=name):
-                arguments[_constant_name(name, "order")] = np.array(constants[name], np.int32)
-            case Scale(values=name):
-                arguments[_constant_name(name, "scale")] = np.array(constants[name], np.float64)
-    return arguments
-
-
-def _constant_name(name: str, kind: str) -> str:
-    return f"{kind}_{''.join(c if c.isalnum() else '_' for c in name)}"

@@ -14,18 +14,21 @@ from ..ir.attention import attend, round_queries
 from ..ir.errors import KvantError
 from ..ir.maps import apply
 from ..ir.plan import AttentionPlan, StreamPlan
+from .memory import HOST, Memory
 from .stream import Floats, Ints, Stream
 
 Array = NDArray[Any]
 
 
 class Kernels:
-    """Implements `stream.Kernels`.
+    """Implements `stream.Kernels`. Streams to read may be anywhere; those to write are on the host.
 
     Args:
         plans: one per layer.
         constants: one mapping per layer, arrays by the names that the plan's maps use.
     """
+
+    memory: Memory = HOST
 
     def __init__(
         self, plans: Sequence[AttentionPlan], constants: Sequence[Mapping[str, Array]]
@@ -64,6 +67,9 @@ class Kernels:
         out, lse = self.attend_in(np.float64, layer, q, k, v)
         return out.astype(np.float32), lse.astype(np.float32)
 
+    def check(self) -> None:
+        """Do nothing: append and encode refuse at once."""
+
     def attend_in(
         self, dtype: type[np.floating[Any]], layer: int, q: Floats, k: Stream, v: Stream
     ) -> tuple[Array, Array]:
@@ -77,6 +83,7 @@ class Kernels:
             scale=plan.scale,
             softcap=plan.softcap,
             window=plan.window,
+            sinks=None if plan.sinks is None else self._constants[layer][plan.sinks],
             dtype=dtype,
         )
         return apply(plan.out_maps, out, self._constants[layer], plan.group), lse
@@ -91,33 +98,37 @@ class Kernels:
 def read_stream(stream: Stream) -> Array:
     """Return what is stored, decoded, in the stream's own basis.
 
-    Returns: float64[B, H, max(length), D], zeros past each row's length.
+    Returns: float64[B, H, max(length), D], zeros past each row's length and where a window gave
+        tokens back.
     """
     batch, heads, _, channels = stream.tail.shape
+    sink, tail = stream.memory.fetch(stream.sink), stream.memory.fetch(stream.tail)
     x = np.zeros((batch, heads, int(stream.length.max(initial=0)), channels))
     for row in range(batch):
         length = int(stream.length[row])
         encoded = min(length, int(stream.encoded[row]))
         raw = min(length, stream.sinks)
-        x[row, :, :raw] = stream.sink[row, :, :raw]
-        x[row, :, raw:encoded] = _read_pages(stream, row, encoded - raw)
+        x[row, :, :raw] = sink[row, :, :raw]
+        held = min(length, int(stream.held[row]))
+        x[row, :, held:encoded] = _read_pages(stream, row, held, encoded)
         slot = encoded - int(stream.tail_first[row])
         if length > encoded:
-            x[row, :, encoded:length] = stream.tail[row, :, slot : slot + length - encoded]
+            x[row, :, encoded:length] = tail[row, :, slot : slot + length - encoded]
     return x
 
 
-def _read_pages(stream: Stream, row: int, count: int) -> Array:
-    """Return the first `count` encoded tokens of a row, [H, count, D]."""
+def _read_pages(stream: Stream, row: int, begin: int, end: int) -> Array:
+    """Return the tokens [begin, end) of a row, [H, end - begin, D]; a page begins at `begin`."""
     layout = stream.layout
-    whole, rest = divmod(count, layout.tokens)
+    first = (begin - stream.sinks) // layout.tokens
+    whole, rest = divmod(end - begin, layout.tokens)
     decode = stream.plan.tokens.rest.decode
-    pages = stream.pages[stream.table[row, :whole]]
-    x = np.moveaxis(decode(layout.unpack(pages)), 0, 1)
+    indices = stream.table[row, first : first + whole + (rest > 0)]
+    pages = stream.memory.fetch(stream.memory.rows(stream.pages, indices))
+    x = np.moveaxis(decode(layout.unpack(pages[:whole])), 0, 1)
     parts = [x.reshape(layout.heads, whole * layout.tokens, layout.channels)]
     if rest:
-        page = stream.pages[stream.table[row, whole]]
-        parts.append(decode(layout.read(page, 0, rest)))
+        parts.append(decode(layout.read(pages[whole], 0, rest)))
     return np.concatenate(parts, axis=1)
 
 

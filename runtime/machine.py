@@ -6,7 +6,7 @@ has to come before loading.
 
 import importlib.metadata
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,14 +25,35 @@ _LLVM_NAMES = {
 }
 
 
+def this_gpu() -> tuple[str | None, str]:
+    """Return the kind of this machine's GPU, "sm_90"; or None, and why there is none."""
+    try:
+        from cuda.core import Device
+
+        major, minor = Device().compute_capability
+    # Whatever the driver's libraries raise where there is no driver or no device.
+    except Exception as error:
+        return None, f"no NVIDIA GPU was found: {str(error).splitlines()[0]}"
+    return f"sm_{major}{minor}", ""
+
+
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Facts of a machine: `features` in LLVM's spelling, `glibc` as (major, minor) or none."""
+    """Facts of a machine.
+
+    Attributes:
+        system: "Linux".
+        machine: of the processor, "x86_64".
+        features: of the processor, in LLVM's spelling.
+        glibc: (major, minor), or none.
+        gpu: gives the kind of its GPU, "sm_90", or none and why; asked only where one is needed.
+    """
 
     system: str
     machine: str
     features: frozenset[str]
     glibc: tuple[int, int] | None
+    gpu: Callable[[], tuple[str | None, str]] = this_gpu
 
 
 def this_machine(cpuinfo: Path = Path("/proc/cpuinfo")) -> Machine:
@@ -45,7 +66,7 @@ def why_not(facts: Mapping[str, Json], machine: Machine) -> str | None:
     """Return one sentence why a target cannot run on a machine, or none if it can.
 
     Args:
-        facts: of the target, from the manifest: system, machine, features, glibc, packages.
+        facts: of the target, from the manifest: system, machine, features, glibc, packages, gpu.
         machine: where it should run.
     """
     system, name = facts.get("system", machine.system), facts.get("machine", machine.machine)
@@ -64,19 +85,29 @@ def why_not(facts: Mapping[str, Json], machine: Machine) -> str | None:
         return f"it needs glibc {floor} or newer; this system has {have}"
     packages = facts.get("packages", {})
     for package, version in packages.items() if isinstance(packages, dict) else ():
-        reason = _why_not_package(package, str(version))
+        reason = _why_not_package(package, str(version), str(facts["kind"]))
         if reason:
             return reason
-    return None
+    wanted_gpu = facts.get("gpu")
+    return None if wanted_gpu is None else _why_not_gpu(str(wanted_gpu), machine)
 
 
-def _why_not_package(package: str, wanted: str) -> str | None:
-    """Compare the first two parts of a version: that is what an ABI is promised for below 1.0."""
+def _why_not_gpu(wanted: str, machine: Machine) -> str | None:
+    """A binary runs on its own kind of GPU alone."""
+    found, reason = machine.gpu()
+    if found is None:
+        return reason
+    return None if found == wanted else f"it is for {wanted}; this machine's GPU is {found}"
+
+
+def _why_not_package(package: str, wanted: str, kind: str) -> str | None:
+    """Compare as many parts of a version as are wanted, two at most: an ABI's promise."""
     try:
         found = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return f"the package {package} is not installed (pip install 'kvant[cpu]')"
-    if found.split(".")[:2] != wanted.split(".")[:2]:
+        return f"the package {package} is not installed (pip install 'kvant[{kind}]')"
+    parts = wanted.split(".")[:2]
+    if found.split(".")[: len(parts)] != parts:
         return f"it was built for {package} {wanted}; installed is {found}"
     return None
 

@@ -41,6 +41,20 @@ def check_model(model: Module, artifact: "Artifact") -> None:
     for module, entry in zip(attention_modules(model, artifact), artifact.layers, strict=True):
         _check_projections(module, entry.prefix)
     check_samples(model, artifact.manifest["model"]["weights"])
+    check_samples(model, _sinks(artifact))
+
+
+def _sinks(artifact: "Artifact") -> dict[str, list[float]]:
+    """Return the learned sinks of all layers by full parameter name: kernels read them from here.
+
+    They are constants of the artifact, so a model that has others would be wrong without a word.
+    """
+    entries = zip(artifact.layers, artifact.plans, artifact.constants, strict=True)
+    return {
+        f"{entry.prefix}{plan.sinks}": own[plan.sinks].tolist()
+        for entry, plan, own in entries
+        if plan.sinks is not None
+    }
 
 
 def attention_modules(model: Module, artifact: "Artifact") -> tuple[Module, ...]:
@@ -119,7 +133,8 @@ def _check_projections(module: Module, prefix: str) -> None:
             )
         own = dict(child.named_parameters(recurse=False))
         for parameter in own.values():
-            is_plain = type(child) in (Linear, Conv1D) and not _wraps(parameter)
+            known = type(child) in (Linear, Conv1D) or "Norm" in type(child).__name__
+            is_plain = known and not _wraps(parameter)
             if not parameter.dtype.is_floating_point or (parameter.dim() > 1 and not is_plain):
                 raise _quantized(full, child, parameter)
         if "qweight" in child._buffers:

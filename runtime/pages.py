@@ -1,17 +1,18 @@
-"""The pool that pages come from: one anonymous mapping, pages given out and taken back by index.
+"""The pool that pages come from: one array, pages given out and taken back by index.
 
-The mapping is as large as the cache may ever become, but no memory is reserved for it: a page
-costs memory from the moment it is first written. A page that was used before is cleared when it
-is given out again, so nobody ever sees the bytes of its former owner.
+On the host the array is a mapping as large as the cache may ever become, but no memory is reserved
+for it: a page costs memory from the moment it is first written. Elsewhere the array grows. A page
+that was used before is cleared when it is given out again, so nobody ever sees the bytes of its
+former owner.
 """
 
 import mmap
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..ir.errors import KvantError
 
@@ -29,19 +30,18 @@ class PagePool:
     Invariant: `used` + free = `high`, where pages [high, capacity) were never given out.
 
     Attributes:
-        pages: uint8[capacity, page_bytes], each row aligned to 64 bytes.
+        pages: uint8[count, page_bytes], NumPy or torch, each row aligned to 64 bytes.
+        capacity: number of pages that can be in use at once.
+        grow: gives an array with more pages of (pages, capacity), where there is not room for all.
         high: number of pages that were ever given out.
     """
 
-    pages: NDArray[np.uint8]
+    pages: Any
+    capacity: int
+    grow: Callable[[Any, int], Any] | None = None
     high: int = 0
     _free: list[int] = field(default_factory=list)
     _is_free: set[int] = field(default_factory=set)
-
-    @property
-    def capacity(self) -> int:
-        """Number of pages that can be in use at once."""
-        return len(self.pages)
 
     @property
     def used(self) -> int:
@@ -66,6 +66,8 @@ class PagePool:
                 where="page pool",
                 fix="create the cache with a larger max_tokens or truncate it",
             )
+        if self.grow is not None and self.high == len(self.pages):
+            self.pages = self.grow(self.pages, self.capacity)
         self.high += 1
         return self.high - 1
 
@@ -108,4 +110,4 @@ def open_pool(page_bytes: int, capacity: int) -> PagePool:
             fix="lower batch or max_tokens, or raise the limit (ulimit -v, vm.overcommit_memory)",
         ) from error
     flat = np.frombuffer(mapping, np.uint8, count=page_bytes * capacity)
-    return PagePool(flat.reshape(capacity, page_bytes))
+    return PagePool(flat.reshape(capacity, page_bytes), capacity)

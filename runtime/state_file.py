@@ -27,13 +27,14 @@ from ..ir.errors import KvantError
 from ..ir.plan import AttentionPlan, StreamPlan
 from . import strict_json
 from .columns import Columns, Ints, new_columns
-from .stream import Stream, make_room, pages_in_use, take_pages
+from .memory import Array
+from .stream import Stream, make_room, pages_before, take_pages
 
 if TYPE_CHECKING:
     from .cache import Cache, Layer
 
 MAGIC = b"kvantst\n"
-VERSION = 1
+VERSION = 2
 _HEAD = struct.Struct("<8sIII")
 _CRC = struct.Struct("<I")
 _DIGEST_BYTES = 32
@@ -116,9 +117,10 @@ def read_state(
 
 @dataclass(frozen=True, slots=True)
 class LayerState:
-    """What the header says of one layer: its columns, and how far k and v are encoded."""
+    """What the header says of one layer: its columns, and the positions in pages of k and v."""
 
     columns: Columns
+    held: tuple[Ints, Ints]
     encoded: tuple[Ints, Ints]
 
 
@@ -166,14 +168,14 @@ def _write(cache: "Cache", file: BinaryIO) -> None:
     for layer in cache.layers:
         for stream in layer.streams:
             for raw in _raw_parts(stream):
-                put(raw.tobytes())
+                put(stream.memory.fetch(raw).tobytes())
             for page in _pages(stream):
-                data = page.tobytes()
+                data = stream.memory.fetch(page).tobytes()
                 put(_CRC.pack(zlib.crc32(data)) + data)
     file.write(sha.digest())
 
 
-def _raw_parts(stream: Stream) -> Iterator[NDArray[np.float32]]:
+def _raw_parts(stream: Stream) -> Iterator[Array]:
     """Yield what is not encoded, in contiguous pieces that share memory with the stream."""
     for row in range(len(stream.length)):
         sinks, tail = _raw_counts(stream.plan, stream.length[row], stream.encoded[row])
@@ -185,10 +187,11 @@ def _raw_parts(stream: Stream) -> Iterator[NDArray[np.float32]]:
                 yield stream.tail[row, head, slot : slot + tail]
 
 
-def _pages(stream: Stream) -> Iterator[NDArray[np.uint8]]:
+def _pages(stream: Stream) -> Iterator[Array]:
     """Yield the pages in use, row by row."""
-    for row, count in enumerate(pages_in_use(stream, stream.encoded).tolist()):
-        for page in stream.table[row, :count].tolist():
+    begin, end = (pages_before(stream, p).tolist() for p in (stream.held, stream.encoded))
+    for row, (first, last) in enumerate(zip(begin, end, strict=True)):
+        for page in stream.table[row, first:last].tolist():
             yield stream.pages[page]
 
 
@@ -213,6 +216,7 @@ def _layer_header(layer: "Layer") -> strict_json.Json:
     return {
         "columns": [[column, counts.tolist()] for column, counts in layer.columns.marks],
         "dense": layer.columns.is_dense,
+        "held": [stream.held.tolist() for stream in layer.streams],
         "encoded": [stream.encoded.tolist() for stream in layer.streams],
     }
 
@@ -280,14 +284,30 @@ def _layer_state(layer: Any, plan: AttentionPlan, start: Ints, limit: int) -> La
         grown = high - low
         if (grown < 0).any() or (grown > np.maximum(after - np.maximum(before, start), 0)).any():
             raise ValueError(f"more tokens than columns at column {after}")
-    length = marks[-1][1]
-    k, v = (_numbers(row, len(start)) for row in layer["encoded"])
-    for stream, encoded in ((plan.k, k), (plan.v, v)):
-        past = encoded - stream.tokens.sink
+    length, streams = marks[-1][1], (plan.k, plan.v)
+    (k_held, v_held), (k_end, v_end) = (
+        [_numbers(row, len(start)) for row in layer[name]] for name in ("held", "encoded")
+    )
+    for stream, held, end in zip(streams, (k_held, v_held), (k_end, v_end), strict=True):
+        past = end - stream.tokens.sink
         whole = past % stream.tokens.group_tokens == 0
-        if not (whole & (past >= 0) & ((past == 0) | (encoded <= length))).all():
-            raise ValueError(f"encoded to {encoded.tolist()} of {length.tolist()}")
-    return LayerState(Columns(start, marks, bool(layer["dense"])), (k, v))
+        if not (whole & (past >= 0) & ((past == 0) | (end <= length))).all():
+            raise ValueError(f"encoded to {end.tolist()} of {length.tolist()}")
+        if not _may_begin(stream, plan.window, held, end, length).all():
+            raise ValueError(f"pages from {held.tolist()} to {end.tolist()} of {length.tolist()}")
+    return LayerState(Columns(start, marks, bool(layer["dense"])), (k_held, v_held), (k_end, v_end))
+
+
+def _may_begin(
+    stream: StreamPlan, window: int | None, held: Ints, end: Ints, length: Ints
+) -> NDArray[np.bool_]:
+    """Return bool[B], whether pages may begin at `held`: nothing that a query sees is missing."""
+    gone = held - stream.tokens.sink
+    if window is None:
+        return np.asarray(gone == 0)
+    whole = (gone > 0) & (gone % stream.page_tokens == 0)
+    seen = np.minimum(length - window + 1, end)
+    return np.asarray((gone == 0) | (whole & (held <= seen)))
 
 
 def _number(value: Any, least: int) -> int:
@@ -306,11 +326,12 @@ def _check_size(reader: _Reader, state: State, plans: Sequence[AttentionPlan]) -
     """Refuse a file that is not exactly as long as its header says, before memory is taken."""
     expected = reader.file.tell() + _DIGEST_BYTES
     for layer, plan in zip(state.layers, plans, strict=True):
-        for stream, encoded in zip((plan.k, plan.v), layer.encoded, strict=True):
+        for stream, held, encoded in zip((plan.k, plan.v), layer.held, layer.encoded, strict=True):
             page_bytes = stream.page_layout().page_bytes + _CRC.size
-            for length, end in zip(layer.columns.counts.tolist(), encoded.tolist(), strict=True):
+            rows = (array.tolist() for array in (layer.columns.counts, held, encoded))
+            for length, begin, end in zip(*rows, strict=True):
                 raw = sum(_raw_counts(stream, length, end)) * stream.heads * stream.channels
-                pages = -(-(end - stream.tokens.sink) // stream.page_tokens)
+                pages = -(-(end - begin) // stream.page_tokens)
                 expected += raw * 4 + pages * page_bytes
     size = os.fstat(reader.file.fileno()).st_size
     if size != expected:
@@ -322,17 +343,21 @@ def _fill(reader: _Reader, cache: "Cache", state: State) -> None:
     cache.reserved = state.reserved
     for layer, saved in zip(cache.layers, state.layers, strict=True):
         layer.columns = saved.columns
-        for stream, encoded in zip(layer.streams, saved.encoded, strict=True):
-            take_pages(stream, encoded)
-            stream.encoded, stream.tail_first = encoded, encoded.copy()
+        for stream, held, encoded in zip(layer.streams, saved.held, saved.encoded, strict=True):
+            take_pages(stream, held, encoded)
+            stream.held, stream.encoded, stream.tail_first = held, encoded, encoded.copy()
             make_room(stream, saved.columns.counts)
             stream.length = saved.columns.counts
             for raw in _raw_parts(stream):
-                reader.fill(raw)
+                content = np.empty(tuple(raw.shape), np.float32)
+                reader.fill(content)
+                raw[...] = stream.memory.place(content)
             for i, page in enumerate(_pages(stream)):
                 (crc,) = _CRC.unpack(reader.take(_CRC.size))
-                reader.fill(page)
-                if zlib.crc32(page.tobytes()) != crc:
+                data = np.empty(stream.layout.page_bytes, np.uint8)
+                reader.fill(data)
+                page[...] = stream.memory.place(data)
+                if zlib.crc32(data.tobytes()) != crc:
                     _damaged(f"page {i} of a {stream.plan.role} stream is damaged", reader.where)
 
 

@@ -1,15 +1,19 @@
 """A stream: everything one layer holds of one role, and the moves between its parts.
 
     positions   [0, n_sink)      sink     float32, kept for good
-                [n_sink, e)      pages    encoded, in whole groups
+                [n_sink, held)   nowhere  older than the layer's window; empty without one
+                [held, e)        pages    encoded, in whole groups
                 [e, length)      tail     float32, not encoded yet
+
+With a window the pages are a ring: those that `StreamPlan.held_from` lets go are given back to the
+pool, and their entries of the table are -1. No query may ask for them: `queries.py` sees to that.
 
 Whatever lies at or past a row's `length`, in the tail or in a page, is unfinished business that no
 kernel may read. An append writes there first and moves `length` and `encoded` last, so a refusal
 on the way leaves the stream as it was.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -17,6 +21,7 @@ from numpy.typing import NDArray
 
 from ..ir.layouts import PageLayout
 from ..ir.plan import TABLE_BYTES, StreamPlan
+from .memory import HOST, Array, Memory
 from .pages import PagePool
 
 Floats = NDArray[np.float32]
@@ -33,26 +38,32 @@ class Stream:
         plan: what is stored, and how.
         layout: the bytes of a page; page i of a row holds positions n_sink + [i P, (i + 1) P).
         pool: where pages come from, shared with other streams of the same page size.
+        window: of the layer, or None for none.
+        memory: where sink, tail and pages are; all else is on the host.
         sink: f32[B, H, n_sink, D].
         tail: f32[B, H, capacity, D]; slot = position - tail_first[row].
         tail_first: int64[B], position of slot 0; tail_first <= encoded.
         table: int64[B, max_pages], index of each page in the pool, -1 where there is none.
-        encoded: int64[B], end of what the pages hold; never below n_sink.
+        held: int64[B], begin of what the pages hold: n_sink plus whole pages; held <= encoded.
+        encoded: int64[B], end of what the pages hold.
         length: int64[B], valid tokens.
     """
 
     plan: StreamPlan
     layout: PageLayout
     pool: PagePool
-    sink: Floats
-    tail: Floats
+    window: int | None
+    memory: Memory
+    sink: Array
+    tail: Array
     tail_first: Ints
     table: Ints
+    held: Ints
     encoded: Ints
     length: Ints
 
     @property
-    def pages(self) -> NDArray[np.uint8]:
+    def pages(self) -> Array:
         """uint8[n_pages, page_bytes] of the pool, 64-byte aligned."""
         return self.pool.pages
 
@@ -67,7 +78,13 @@ class Kernels(Protocol):
 
     Rows of int64[B] arguments may differ; a row for which there is nothing to do has count 0 or
     begin = end.
+
+    The arrays of streams, and x, q, out and lse, are in `memory`.
     """
+
+    @property
+    def memory(self) -> Memory:
+        """Where arrays must be."""
 
     def append(self, layer: int, stream: Stream, x: Floats, first: Ints, count: Ints) -> None:
         """Apply the online maps to x [B, H, T, D] and store it as positions length, length + 1, ...
@@ -78,7 +95,10 @@ class Kernels(Protocol):
         """
 
     def encode(self, layer: int, stream: Stream, begin: Ints, end: Ints) -> None:
-        """Encode positions [begin, end) from the tail into pages that the table already names."""
+        """Encode positions [begin, end) from the tail into pages that the table already names.
+
+        `begin` is `encoded`, or past it where a window already hides what is between.
+        """
 
     def attend(self, layer: int, q: Floats, k: Stream, v: Stream) -> tuple[Floats, Floats]:
         """Return out f32[B, Hq, Tq, Dv] and lse f32[B, Hq, Tq] of q f32[B, Hq, Tq, D].
@@ -88,23 +108,44 @@ class Kernels(Protocol):
         exception; how far outputs may be off, `ir/tolerance.py` says.
         """
 
+    def check(self) -> None:
+        """Refuse now what append or encode of a device found, without waiting, and could not say.
 
-def page_limit(plan: StreamPlan, max_tokens: int) -> int:
-    """Return the most pages a row of this stream can need."""
-    return -(-max(0, max_tokens - plan.tokens.sink) // plan.page_tokens)
+        Raises: KvantError "non-finite" or "scale-overflow"; the cache must then be reset.
+        """
 
 
-def new_stream(plan: StreamPlan, pool: PagePool, batch: int, max_tokens: int) -> Stream:
-    """Return an empty stream."""
+def page_limit(plan: StreamPlan, max_tokens: int, window: int | None = None) -> int:
+    """Return the most pages a row of this stream can hold at once."""
+    pages = -(-max(0, max_tokens - plan.tokens.sink) // plan.page_tokens)
+    if window is None:
+        return pages
+    # The positions of a ring are fewer than its window and two pages; and what comes is written
+    # before what goes is given back.
+    return min(pages, 2 * (-(-window // plan.page_tokens) + 2))
+
+
+def new_stream(
+    plan: StreamPlan,
+    pool: PagePool,
+    batch: int,
+    max_tokens: int,
+    window: int | None = None,
+    memory: Memory = HOST,
+) -> Stream:
+    """Return an empty stream of a layer with this window, in the memory of its pool."""
     sinks = plan.tokens.sink
     return Stream(
         plan=plan,
         layout=plan.page_layout(),
         pool=pool,
-        sink=np.zeros((batch, plan.heads, sinks, plan.channels), np.float32),
-        tail=np.zeros((batch, plan.heads, _TAIL_MIN, plan.channels), np.float32),
+        window=window,
+        memory=memory,
+        sink=memory.zeros((batch, plan.heads, sinks, plan.channels)),
+        tail=memory.zeros((batch, plan.heads, _TAIL_MIN, plan.channels)),
         tail_first=np.full(batch, sinks, np.int64),
         table=np.full((batch, max(1, page_limit(plan, max_tokens))), -1, np.int64),
+        held=np.full(batch, sinks, np.int64),
         encoded=np.full(batch, sinks, np.int64),
         length=np.zeros(batch, np.int64),
     )
@@ -122,17 +163,36 @@ def due(stream: Stream, reserve: int) -> Ints:
     return np.maximum(np.asarray(ends, np.int64), stream.encoded)
 
 
-def pages_in_use(stream: Stream, encoded: Ints) -> Ints:
-    """Return int64[B], the pages each row needs to hold positions up to `encoded`."""
-    return -(-(encoded - stream.sinks) // stream.layout.tokens)
+def held_from(stream: Stream, reserve: int) -> Ints:
+    """Return int64[B], where the pages of each row may begin from now on.
+
+    Args:
+        stream: the stream; its present length counts.
+        reserve: number of newest tokens that may be taken back.
+
+    Returns: `stream.held` itself where nothing can be given back.
+    """
+    if stream.window is None:
+        return stream.held
+    lengths = np.maximum(stream.length - reserve, 0).tolist()
+    begin = [stream.plan.held_from(length, stream.window) for length in lengths]
+    held = np.maximum(np.asarray(begin, np.int64), stream.held)
+    return stream.held if (held == stream.held).all() else held
 
 
-def take_pages(stream: Stream, end: Ints) -> None:
-    """Extend the table so that every row has pages up to position `end`.
+def pages_before(stream: Stream, position: Ints) -> Ints:
+    """Return int64[B], how many pages of each row begin before `position`; that is >= n_sink."""
+    return -(-(position - stream.sinks) // stream.layout.tokens)
+
+
+def take_pages(stream: Stream, begin: Ints, end: Ints) -> None:
+    """Extend the table so that every row has pages for positions [begin, end).
+
+    A page of which positions before `begin` are used is there already.
 
     Raises: KvantError "cache-full"; `drop_pages` gives back what was taken until then.
     """
-    have, need = pages_in_use(stream, stream.encoded), pages_in_use(stream, end)
+    have, need = pages_before(stream, begin), pages_before(stream, end)
     if (need == have).all():
         return
     for row in range(len(have)):
@@ -140,12 +200,13 @@ def take_pages(stream: Stream, end: Ints) -> None:
             stream.table[row, i] = stream.pool.take()
 
 
-def drop_pages(stream: Stream, end: Ints) -> None:
-    """Give back every page of the table that no position before `end` needs."""
-    keep = pages_in_use(stream, end)
-    past = np.arange(stream.table.shape[1]) >= keep[:, None]
-    dropped = stream.table[past]
-    stream.table[past] = -1  # first, so that an interruption loses pages rather than shares them
+def drop_pages(stream: Stream) -> None:
+    """Give back every page of the table that holds no position of [held, encoded)."""
+    first, last = pages_before(stream, stream.held), pages_before(stream, stream.encoded)
+    page = np.arange(stream.table.shape[1])
+    outside = (page < first[:, None]) | (page >= last[:, None])
+    dropped = stream.table[outside]
+    stream.table[outside] = -1  # first, so that an interruption loses pages, and shares none
     stream.pool.give_back(dropped[dropped >= 0].tolist())
 
 
@@ -172,7 +233,7 @@ def _room_for(live: int) -> int:
 def _move_tail(stream: Stream, capacity: int) -> None:
     """Copy what is live to the front of a new tail."""
     batch, heads, _, channels = stream.tail.shape
-    tail = np.zeros((batch, heads, capacity, channels), np.float32)
+    tail = stream.memory.zeros((batch, heads, capacity, channels))
     for row in range(batch):
         live = max(0, int(stream.length[row] - stream.encoded[row]))
         at = int(stream.encoded[row] - stream.tail_first[row])
@@ -182,51 +243,76 @@ def _move_tail(stream: Stream, capacity: int) -> None:
 
 
 def can_cut(stream: Stream, length: Ints) -> bool:
-    """Return whether every row can be cut to `length`: raw, or between two groups."""
+    """Return whether every row can be cut to `length`.
+
+    That is where the tail begins or after it, between two groups, or in the sink; and the window
+    of the next token must still be held.
+    """
+    if not (holds_window(stream, length) | (length <= stream.sinks)).all():
+        return False
     group = stream.plan.tokens.rest.group_tokens
     inside = (length < stream.encoded) & (length > stream.sinks)
     return not (inside & ((length - stream.sinks) % group != 0)).any()
+
+
+def holds_window(stream: Stream, length: Ints) -> NDArray[np.bool_]:
+    """Return bool[B], whether all that a query at position `length` of a row may see is held."""
+    if stream.window is None:
+        return np.ones(len(length), np.bool_)
+    seen = length - stream.window + 1
+    return np.asarray((stream.held == stream.sinks) | (seen >= stream.held))
 
 
 def cut(stream: Stream, length: Ints) -> None:
     """Forget positions at and past `length`, where `can_cut` allows it."""
     encoded = np.minimum(stream.encoded, np.maximum(length, stream.sinks))
     first = np.where(encoded < stream.encoded, encoded, stream.tail_first)
-    stream.length, stream.encoded, stream.tail_first = (
-        np.minimum(length, stream.length),
-        encoded,
-        first,
-    )
-    drop_pages(stream, encoded)
+    stream.length, stream.tail_first = np.minimum(length, stream.length), first
+    stream.held, stream.encoded = np.minimum(stream.held, encoded), encoded
+    drop_pages(stream)
     trim(stream)
 
 
 def take_rows(stream: Stream, index: Ints) -> None:
     """Make row i what row index[i] was. A page stays with the first row that wants it."""
-    used = pages_in_use(stream, stream.encoded)
     owner: dict[int, int] = {}
     for row, source in enumerate(index.tolist()):
         owner.setdefault(source, row)
     old, table = stream.table, np.full_like(stream.table, -1)
-    gone = [row for row in range(len(index)) if row not in owner]
-    for row in gone:
-        stream.pool.give_back(old[row, : used[row]].tolist())
+    for row in range(len(index)):
+        if row not in owner:
+            stream.pool.give_back(old[row, old[row] >= 0].tolist())
     for row, source in enumerate(index.tolist()):
-        for i in range(int(used[source])):
+        for i in np.flatnonzero(old[source] >= 0).tolist():
             page = int(old[source, i])
             if owner[source] != row:
                 copy = stream.pool.take()
                 stream.pages[copy] = stream.pages[page]
                 page = copy
             table[row, i] = page
-    stream.sink, stream.tail = stream.sink[index], stream.tail[index]
-    stream.tail_first, stream.encoded = stream.tail_first[index], stream.encoded[index]
-    stream.length, stream.table = stream.length[index], table
+    moved = rows_of(stream, index)
+    stream.sink, stream.tail, stream.tail_first = moved.sink, moved.tail, moved.tail_first
+    stream.held, stream.encoded = moved.held, moved.encoded
+    stream.length, stream.table = moved.length, table
+
+
+def rows_of(stream: Stream, index: Ints) -> Stream:
+    """Return a stream to read from, whose row i is row index[i]; its pages are the same."""
+    return replace(
+        stream,
+        sink=stream.memory.rows(stream.sink, index),
+        tail=stream.memory.rows(stream.tail, index),
+        tail_first=stream.tail_first[index],
+        table=stream.table[index],
+        held=stream.held[index],
+        encoded=stream.encoded[index],
+        length=stream.length[index],
+    )
 
 
 def stream_bytes(stream: Stream) -> int:
     """Return the bytes in use: raw tokens in the plan's raw dtype, pages, and table entries."""
-    pages = int(pages_in_use(stream, stream.encoded).sum())
+    pages = int((pages_before(stream, stream.encoded) - pages_before(stream, stream.held)).sum())
     raw = np.minimum(stream.length, stream.sinks) + np.maximum(stream.length - stream.encoded, 0)
     token = stream.plan.heads * stream.plan.channels * stream.plan.tokens.raw.itemsize
     return int(raw.sum()) * token + pages * (stream.layout.page_bytes + TABLE_BYTES)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 REFERENCE = "reference"
 _FASTEST_FIRST = ("cuda", "hip", "cpu")
-_RUNS_HERE = ("cpu",)
+_RUNS_HERE = ("cpu", "cuda")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,11 +94,20 @@ def build_kernels(
         from .launch_reference import Kernels as ReferenceKernels
 
         return ReferenceKernels(plans, constants)
-    from .launch_cpu import Kernels as CpuKernels
-
     folder = f"targets/{chosen.name}/"
     own = {name[len(folder) :]: data for name, data in files.items() if name.startswith(folder)}
-    return CpuKernels(plans, constants, [layer.plan for layer in layers], own)
+    keys = [layer.plan for layer in layers]
+    if chosen.facts["kind"] == "cuda":
+        from .cuda import CudaLauncher, read_launches
+        from .launch_gpu import Kernels as GpuKernels
+        from .memory import TorchMemory, current_device
+
+        launches = read_launches(keys, own)
+        launcher, memory = CudaLauncher(launches, own), TorchMemory(current_device())
+        return GpuKernels(plans, constants, keys, launches, launcher, memory)
+    from .launch_cpu import Kernels as CpuKernels
+
+    return CpuKernels(plans, constants, keys, own)
 
 
 def kernel_rows(targets: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]]:

@@ -34,7 +34,7 @@ _F32 = np.dtype(np.float32)
 _NUMPY_F32 = Kind("numpy", "float32")
 
 
-def _is_torch(value: object) -> bool:
+def is_torch(value: object) -> bool:
     """Return whether the value is a torch.Tensor or of a class derived from it."""
     return any(
         cls.__name__ == "Tensor" and cls.__module__.split(".")[0] == "torch"
@@ -61,14 +61,27 @@ def _wrong_dtype(name: str, dtype: object, expected: str) -> KvantError:
 
 
 def _check_device(name: str, tensor: Any) -> None:
-    device, layout = str(tensor.device), str(tensor.layout)
-    if device.split(":")[0] != "cpu" or layout != "torch.strided":
-        raise KvantError(
-            "wrong-device",
-            f"{name} is a {layout} tensor on device {device}, expected torch.strided on cpu",
-            where=name,
-            fix=f"move it first, for example with {name}.cpu()",
-        )
+    if str(tensor.device).split(":")[0] != "cpu" or str(tensor.layout) != "torch.strided":
+        raise wrong_device(name, tensor, "cpu")
+
+
+def wrong_device(name: str, tensor: Any, wanted: str) -> KvantError:
+    """Return the refusal of a tensor that is elsewhere, or not laid out by strides."""
+    return KvantError(
+        "wrong-device",
+        f"{name} is a {tensor.layout} tensor on device {tensor.device}, expected torch.strided on "
+        f"{wanted}",
+        where=name,
+        fix=f"move it first, for example with {name}.{'cpu()' if wanted == 'cpu' else 'cuda()'}",
+    )
+
+
+def kind_of_tensor(name: str, tensor: Any) -> Kind:
+    """Return what a torch tensor is. Raises: KvantError "wrong-dtype"."""
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if dtype not in _DTYPES:
+        raise _wrong_dtype(name, dtype, " or ".join(_DTYPES))
+    return Kind("torch", dtype)
 
 
 def check_shape(
@@ -101,14 +114,12 @@ def read_floats(name: str, value: object) -> tuple[NDArray[np.float32], Kind]:
     """
     if type(value) is np.ndarray and value.dtype == _F32 and value.flags.carray:
         return value, _NUMPY_F32  # the common case in a decoding loop, without a copy
-    if _is_torch(value):
+    if is_torch(value):
         tensor: Any = value
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        if dtype not in _DTYPES:
-            raise _wrong_dtype(name, dtype, " or ".join(_DTYPES))
+        kind = kind_of_tensor(name, tensor)
         _check_device(name, tensor)
         array = tensor.detach().float().contiguous().numpy()
-        return np.require(array, np.float32, ["C", "A", "W"]), Kind("torch", dtype)
+        return np.require(array, np.float32, ["C", "A", "W"]), kind
     if not isinstance(value, np.ndarray):
         raise _wrong_type(name, value, "a torch tensor or a NumPy array")
     if value.dtype.name not in _DTYPES or not value.dtype.isnative:
@@ -130,7 +141,7 @@ def read_integers(name: str, value: object, size: int) -> NDArray[np.int64]:
 
     Raises: KvantError "wrong-type", "wrong-dtype" or "wrong-shape".
     """
-    if _is_torch(value):
+    if is_torch(value):
         tensor: Any = value
         _check_device(name, tensor)
         if str(tensor.dtype) not in ("torch.int64", "torch.int32"):

@@ -28,6 +28,7 @@ from .cache import Cache
 from .constants import Array
 from .launch_reference import Kernels as ReferenceKernels
 from .launch_reference import read_stream
+from .memory import Memory
 from .stream import Floats, Kernels, Stream
 
 BATCH = 2
@@ -38,6 +39,9 @@ STORED_SHARE = 0.2
 """Stored values may differ by this share of the encoding's own error (root mean square): a value
 that lies between two codes may fall on either side."""
 
+LONGEST_WINDOW = 4096
+"""Tokens; a longer sliding window is not filled, because that takes too long."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Shifted:
@@ -45,6 +49,15 @@ class _Shifted:
 
     kernels: Kernels
     at: int
+
+    @property
+    def memory(self) -> Memory:
+        """See `stream.Kernels`."""
+        return self.kernels.memory
+
+    def check(self) -> None:
+        """See `stream.Kernels`."""
+        self.kernels.check()
 
     def append(self, layer: int, stream: Stream, x: Floats, first: Any, count: Any) -> None:
         """See `stream.Kernels`."""
@@ -137,11 +150,17 @@ def _check_layer(
 
 
 def _steps(plan: AttentionPlan) -> list[int]:
-    """Return sizes of appends that pass every boundary: sink, group, window, page, and one more."""
+    """Return sizes of appends that pass every boundary: sink, group, recent, page, and one more.
+
+    A sliding window, unless it is very long, is passed too: its first pages are given back.
+    """
     streams = (plan.k, plan.v)
     raw = max(s.tokens.sink + s.tokens.recent for s in streams)
     page = max(s.page_tokens for s in streams)
-    return [5, raw + page, 1, page + 7, 1]
+    steps = [5, raw + page, 1, page + 7, 1]
+    if plan.window is None or plan.window > LONGEST_WINDOW:
+        return steps
+    return [*steps, plan.window + page, 1, 5]
 
 
 def _values(rng: np.random.Generator, stream: StreamPlan, tokens: int) -> Floats:
@@ -160,6 +179,7 @@ def _stored_share(ours: Stream, theirs: Stream, given: Array) -> float:
     exact = np.zeros_like(b)
     for row, skip in enumerate(padding.tolist()):
         exact[row, :, : given.shape[2] - skip] = given[row, :, skip:]
+        exact[row, :, ours.sinks : int(ours.held[row])] = 0.0  # given back: read as zeros
     # Maps in float32 round by about 2^-22 of the largest value before anything is encoded.
     allowed = STORED_SHARE * _rms(b - exact) + 2.0**-20 * float(np.abs(exact).max(initial=0.0))
     return _rms(a - b) / allowed if allowed else 0.0
@@ -170,7 +190,8 @@ def _computed_share(
 ) -> float:
     """Return the error of attend over the same pages, as a share of what is allowed."""
     k, v = cache.layers[0].streams
-    out, lse = cache.kernels.attend(0, q, k, v)
+    memory = cache.memory
+    out, lse = (memory.fetch(x) for x in cache.kernels.attend(0, memory.place(q), k, v))
     right, plain = (reference.attend_in(x, layer, q, k, v) for x in (np.float64, np.float32))
     floor = score_rounding(reference.queries(layer, q), read_stream(k), plan.scale)
     largest = float(np.abs(read_stream(v)).max(initial=0.0))

@@ -4,12 +4,13 @@ import difflib
 
 from ..ir.errors import KvantError
 from .cpu import CPU, this_isa
+from .gpu import GPU_TARGETS
 from .reference import REFERENCE
 from .target import Build, Stage, Target
 
 __all__ = ["TARGETS", "Build", "Stage", "Target", "resolve"]
 
-TARGETS: dict[str, Target] = {target.name: target for target in (REFERENCE, CPU)}
+TARGETS: dict[str, Target] = {target.name: target for target in (REFERENCE, CPU, *GPU_TARGETS)}
 
 
 def resolve(name: str) -> Target:
@@ -20,7 +21,7 @@ def resolve(name: str) -> Target:
     target = TARGETS.get(f"cpu:{this_isa()}" if name == "cpu" else name)
     if target is None:
         known = ("cpu", *TARGETS)
-        near = difflib.get_close_matches(name, known, 3, 0.4) or known
+        near = difflib.get_close_matches(name, known, 3, 0.5) or known
         raise KvantError(
             "unknown-target",
             f"there is no target {name!r}",

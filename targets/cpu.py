@@ -23,6 +23,7 @@ from .cpu_encode import encode
 from .cpu_prepare import combine, prepare
 from .cpu_regions import TILE_QUERIES, split_tokens
 from .cpu_text import Kernel
+from .kernel_text import KERNELS, kernels_text
 from .target import Build, Stage, Target
 
 ISA = "x86-64-v3"
@@ -33,34 +34,19 @@ MOST_GROUP = 64
 # The only symbol of TVM that a library may need: it lives in tvm-ffi.
 ALLOWED = {"TVMFFIErrorSetRaisedFromCStrParts"}
 
-DOES = {
-    "prepare": "map, scale and round the queries",
-    "append_k": "map new keys and store them raw",
-    "append_v": "map new values and store them raw",
-    "encode_k": "encode due keys into pages",
-    "encode_v": "encode due values into pages",
-    "attend": "one query a row, for each split of the keys",
-    "attend_block": "several queries a row, causal between them",
-    "combine": "merge the splits",
-}
-
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """The emitted kernels of a plan, in the order of DOES."""
+    """The emitted kernels of a plan, in the order of KERNELS."""
 
     plan: AttentionPlan
     kernels: tuple[Kernel, ...]
 
     def text(self) -> str:
-        """Return kernels.py: what a person reads, and what is compiled."""
+        """Return kernels.py."""
         head = '"""Kernels of one attention plan in TVMScript, written by kvant."""\n\n'
         head += "from tvm.script import tirx as T\n"
-        parts = [
-            f"\n\n# {kernel.name}: {DOES[kernel.name]}\n{kernel.source()}"
-            for kernel in self.kernels
-        ]
-        return head + "".join(parts)
+        return kernels_text(head, {kernel.name: kernel.source() for kernel in self.kernels})
 
 
 def emit(plan: AttentionPlan) -> Source:
@@ -95,7 +81,7 @@ def compile_cpu(plan: AttentionPlan, isa: str = ISA) -> dict[str, bytes]:
     library = _link(_object(source, isa))
     launch = {
         "facts": _facts(library, isa),
-        "kernels": {kernel.name: _signature(kernel) for kernel in source.kernels},
+        "kernels": {kernel.name: kernel.arguments() for kernel in source.kernels},
         "split_tokens": split_tokens(plan),
         "tile_queries": TILE_QUERIES,
     }
@@ -147,10 +133,6 @@ def this_isa(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     return ISA
 
 
-def _signature(kernel: Kernel) -> list[str]:
-    return [f"{name}:{dtype}" for name, dtype in kernel.buffers] + kernel.scalars
-
-
 def _facts(library: bytes, isa: str) -> dict[str, Any]:
     versions = {tuple(map(int, m)) for m in re.findall(rb"GLIBC_(\d+)\.(\d+)", library)}
     major, minor = max(versions, default=(2, 17))
@@ -161,7 +143,7 @@ def _facts(library: bytes, isa: str) -> dict[str, Any]:
         "features": list(FEATURES[isa]),
         "glibc": f"{major}.{minor}",
         "packages": {"apache-tvm-ffi": TVM_FFI},
-        "kernels": DOES,
+        "kernels": KERNELS,
     }
 
 

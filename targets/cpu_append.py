@@ -11,8 +11,9 @@ from collections.abc import Iterable
 from math import gcd
 
 from ..ir.plan import StreamPlan
-from .cpu_maps import constant_arguments, write_maps
+from .cpu_maps import write_maps
 from .cpu_text import Kernel, at, bits_as, cast, splat
+from .kernel_text import append_arguments
 
 
 def append(stream: StreamPlan) -> Kernel:
@@ -21,15 +22,7 @@ def append(stream: StreamPlan) -> Kernel:
     `bad[b * H + h]` becomes 1 + the first token that is not finite, or stays 0.
     """
     kernel, role, heads = Kernel(f"append_{stream.role}"), stream.role, stream.heads
-    kernel.array("x", "float32")
-    for name in ("first", "count", f"{role}_length"):
-        kernel.array(name, "int64")
-    if stream.tokens.sink:
-        kernel.array(f"{role}_sink", "float32")
-    kernel.array(f"{role}_tail", "float32")
-    kernel.array(f"{role}_tail_first", "int64")
-    kernel.array("bad", "int64")
-    constant_arguments(kernel, stream.maps)
+    append_arguments(kernel, stream)
     for name in ("batch", "tokens", f"{role}_capacity"):
         kernel.scalar(name)
     kernel.scratch("flag", 1, "int64")

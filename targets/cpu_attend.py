@@ -15,9 +15,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..ir.encodings import Raw
+from ..ir.encodings import Drop, Raw
 from ..ir.plan import AttentionPlan
-from .cpu_codes import PageReader
+from .cpu_codes import PageReader, Readers, readers_of
 from .cpu_regions import TILE_QUERIES, row_stride, stream_arguments, write_regions, write_split
 from .cpu_scores import (
     Rows,
@@ -43,7 +43,7 @@ PageWriter = Callable[[Kernel, PageReader, Rows], None]
 def attend(plan: AttentionPlan) -> Kernel:
     """Return the kernel for one query a row."""
     kernel, group = Kernel("attend"), plan.group
-    k_reader, v_reader = _arguments(kernel, plan, decode=True)
+    readers = _arguments(kernel, plan, decode=True)
     kernel.scalar("batch")
     kernel.scalar("splits")
     with kernel.block(f"for item in T.parallel(batch * {plan.k.heads} * splits)"):
@@ -59,36 +59,37 @@ def attend(plan: AttentionPlan) -> Kernel:
         kernel.let("see1", "hi")
         _write_bases(kernel, plan)
         with kernel.block("if see1 > see0"):
-            _write_decode(kernel, plan, k_reader, v_reader)
+            _write_decode(kernel, plan, *readers)
         _write_empty(kernel, group)
     return kernel
 
 
 def _write_decode(
-    kernel: Kernel, plan: AttentionPlan, k_reader: PageReader, v_reader: PageReader
+    kernel: Kernel, plan: AttentionPlan, k_readers: Readers, v_readers: Readers
 ) -> None:
-    group, integers = plan.group, uses_integers(plan, k_reader)
+    group, integers = plan.group, uses_integers(plan, k_readers[0])
     kernel.scratch("logits", group * row_stride(plan))
     kernel.note("scores")
-    score_scratch(kernel, k_reader, group)
+    for reader in k_readers:
+        score_scratch(kernel, reader, group)
     k_rows = [_rows(plan, plan.k.channels, *block) for block in blocks(group, MOST_SCORE_ROWS)]
     page = write_page_scores_int if integers else write_page_scores
-    _each(kernel, plan, "k", k_reader, k_rows, write_raw_scores, page)
+    _each(kernel, plan, "k", k_readers, k_rows, write_raw_scores, page)
     kernel.note("softmax")
     rows = _rows(plan, plan.v.channels, 0, group)
     write_softmax(kernel, rows, "see0", "see1", plan.softcap, "part_base")
     kernel.note("values")
-    value_scratch(kernel, v_reader, group)
+    value_scratch(kernel, v_readers, group)
     _write_zero_outputs(kernel, plan, group)
     v_rows = [_rows(plan, plan.v.channels, *block) for block in blocks(group, MOST_VALUE_ROWS)]
-    _each(kernel, plan, "v", v_reader, v_rows, write_raw_values, write_page_values)
+    _each(kernel, plan, "v", v_readers, v_rows, write_raw_values, write_page_values)
 
 
 def _each(
     kernel: Kernel,
     plan: AttentionPlan,
     role: str,
-    reader: PageReader,
+    readers: Readers,
     rows: list[Rows],
     raw: RawWriter,
     page: PageWriter,
@@ -100,12 +101,13 @@ def _each(
             raw(kernel, block, buffer, base, first, last)
 
     def on_page() -> None:
-        if role == "k":
-            write_page_params(kernel, reader)
-        for block in rows:
-            page(kernel, reader, block)
+        for reader in readers:
+            if role == "k":
+                write_page_params(kernel, reader)
+            for block in rows:
+                page(kernel, reader, block)
 
-    write_regions(kernel, reader, plan.k if role == "k" else plan.v, on_raw, on_page)
+    write_regions(kernel, readers, plan.k if role == "k" else plan.v, on_raw, on_page)
 
 
 def attend_block(plan: AttentionPlan) -> Kernel:
@@ -136,14 +138,14 @@ def attend_block(plan: AttentionPlan) -> Kernel:
 
 
 def _write_tile(
-    kernel: Kernel, plan: AttentionPlan, k_reader: PageReader, v_reader: PageReader
+    kernel: Kernel, plan: AttentionPlan, k_readers: Readers, v_readers: Readers
 ) -> None:
     count, group = plan.group * TILE_QUERIES, plan.group
     widest = max(plan.k.page_tokens * plan.k.channels, plan.v.page_tokens * plan.v.channels)
     kernel.scratch("logits", count * row_stride(plan))
     kernel.scratch("tile_values", widest)
     kernel.note("scores")
-    _tiled(kernel, plan, "k", k_reader, write_raw_scores)
+    _tiled(kernel, plan, "k", k_readers, write_raw_scores)
     kernel.note("softmax")
     position = f'(p0 + T.truncdiv(T.Cast("int64", r), T.int64({group})))'
     see0 = "see0" if plan.window is None else f"T.max(see0, {position} - {plan.window - 1})"
@@ -151,11 +153,11 @@ def _write_tile(
     write_softmax(kernel, rows, see0, f"T.min(see1, {position} + 1)", plan.softcap, "part_base")
     kernel.note("values")
     _write_zero_outputs(kernel, plan, count)
-    _tiled(kernel, plan, "v", v_reader, write_raw_values)
+    _tiled(kernel, plan, "v", v_readers, write_raw_values)
 
 
 def _tiled(
-    kernel: Kernel, plan: AttentionPlan, role: str, reader: PageReader, raw: RawWriter
+    kernel: Kernel, plan: AttentionPlan, role: str, readers: Readers, raw: RawWriter
 ) -> None:
     """Walk a stream; every page is decoded once, then all rows read it as raw tokens."""
     stream = plan.k if role == "k" else plan.v
@@ -166,46 +168,56 @@ def _tiled(
             raw(kernel, rows, buffer, base, first, last)
 
     def on_page() -> None:
-        write_decode_page(kernel, reader)
+        write_decode_page(kernel, readers)
         kernel.let("tile_base", f"T.int64(0) - {role}_pos * {stream.channels}")
         first, last = f"{role}_pos + {role}_t0", f"{role}_pos + {role}_t1"
         on_raw("tile_values", "tile_base", first, last)
 
-    write_regions(kernel, reader, stream, on_raw, on_page)
+    write_regions(kernel, readers, stream, on_raw, on_page)
 
 
-def write_decode_page(kernel: Kernel, reader: PageReader) -> None:
+def write_decode_page(kernel: Kernel, readers: Readers) -> None:
     """Write the values of the wanted tokens of the present page to tile_values, f32."""
-    role, lanes, plane = reader.role, reader.lanes, reader.plane
-    channels, fmt = reader.layout.channels, reader.layout.format
-    with kernel.block(f"for t in T.serial({role}_t0, T.max({role}_t0, {role}_t1))"):
-        if reader.per_channel:
-            kernel.let("tg", f"T.truncdiv(t, T.int64({fmt.group_tokens}))")
-        group = channels if reader.per_channel else reader.group
-        with kernel.block(f"for g in T.unroll({channels // group})"):
-            if not reader.per_channel and not isinstance(fmt, Raw):
-                kernel.let("scale", reader.scale("t", "g", 1))
-                kernel.let("zero", reader.zero("t", "g", 1, "scale"))
-            with kernel.block(f"for j in T.unroll({group // lanes})"):
-                c = f"g * {group} + j * {lanes}"
-                kernel.let("x", reader.value("t", f"({c}) // {plane}", f"({c}) % {plane}"))
-                target = at("tile_values", f"t * {channels} + {c}", lanes)
-                if isinstance(fmt, Raw):
-                    kernel.line(f"{target} = x")
-                elif reader.per_channel:
-                    kernel.let("s", reader.scale("tg", c, lanes))
-                    kernel.line(f"{target} = {fma('x', 's', reader.zero('tg', c, lanes, 's'))}")
-                else:
-                    scaled = fma("x", splat("scale", lanes), splat("zero", lanes))
-                    kernel.line(f"{target} = {scaled}")
+    layout, role = readers[0].layout, readers[0].role
+    tokens = f"for t in T.serial({role}_t0, T.max({role}_t0, {role}_t1))"
+    for reader in readers:
+        with kernel.block(tokens):
+            _decode_token(kernel, reader)
+    for part in (part for part in layout.parts if isinstance(part.format, Drop)):
+        with kernel.block(tokens), kernel.block(f"for j in T.unroll({part.width // 8})"):
+            target = f"t * {layout.channels} + {part.first} + j * 8"
+            kernel.line(f"{at('tile_values', target, 8)} = {number(0.0, 8)}")
 
 
-def _arguments(
-    kernel: Kernel, plan: AttentionPlan, *, decode: bool
-) -> tuple[PageReader, PageReader]:
+def _decode_token(kernel: Kernel, reader: PageReader) -> None:
+    """Write the values of token t in the channels of one reader."""
+    lanes, plane, width = reader.lanes, reader.plane, reader.width
+    channels, fmt = reader.layout.channels, reader.format
+    if reader.per_channel:
+        kernel.let("tg", f"T.truncdiv(t, T.int64({fmt.group_tokens}))")
+    group = width if reader.per_channel else reader.group
+    with kernel.block(f"for g in T.unroll({width // group})"):
+        if not reader.per_channel and not isinstance(fmt, Raw):
+            kernel.let("scale", reader.scale("t", "g", 1))
+            kernel.let("zero", reader.zero("t", "g", 1, "scale"))
+        with kernel.block(f"for j in T.unroll({group // lanes})"):
+            c = f"g * {group} + j * {lanes}"
+            kernel.let("x", reader.value("t", f"({c}) // {plane}", f"({c}) % {plane}"))
+            target = at("tile_values", f"t * {channels} + {reader.channel(c)}", lanes)
+            if isinstance(fmt, Raw):
+                kernel.line(f"{target} = x")
+            elif reader.per_channel:
+                kernel.let("s", reader.scale("tg", c, lanes))
+                kernel.line(f"{target} = {fma('x', 's', reader.zero('tg', c, lanes, 's'))}")
+            else:
+                scaled = fma("x", splat("scale", lanes), splat("zero", lanes))
+                kernel.line(f"{target} = {scaled}")
+
+
+def _arguments(kernel: Kernel, plan: AttentionPlan, *, decode: bool) -> tuple[Readers, Readers]:
     """Declare the arrays of an attend kernel; return the readers of K's and V's pages."""
     kernel.array("query", "float32")
-    reader = PageReader(plan.k.page_layout(), "k")
+    reader = readers_of(plan.k)[0]
     if decode and uses_integers(plan, reader):
         kernel.array("q_codes", chunk(reader)[1])
         kernel.array("q_step", "float32")

@@ -1,6 +1,7 @@
 """Reading one page: the text of a code, a scale and a zero point of every format.
 
-A channel is named by its plane i and its place w in the plane: channel = i * plane + w.
+A stream has one reader, or one for each slice of its channels that is stored. A channel of a reader
+is named by its plane i and its place w in the plane: channel = i * plane + w.
 Every format then reads as
 
     x^[t, c] = code(t, c) * scale + zero
@@ -15,57 +16,88 @@ from math import gcd
 
 import numpy as np
 
-from ..ir.encodings import Bfp, Int, Raw
-from ..ir.layouts import Field, PageLayout, code_bits
+from ..ir.encodings import Bfp, Drop, Int, Plain, Raw
+from ..ir.layouts import Field, PageLayout, Part, code_bits
+from ..ir.plan import StreamPlan
 from .cpu_text import Kernel, at, bits_as, cast, number, splat
 
 
 @dataclass(frozen=True, slots=True)
 class PageReader:
-    """Text that reads the present page of a stream.
+    """Text that reads one part of the channels of a stream in its present page.
 
     Attributes:
         layout: of the page.
         role: "k" or "v", the prefix of every name.
+        part: the channels, [first, first + width) of the head.
+        format: of the part.
     """
 
     layout: PageLayout
     role: str
+    part: Part
+    format: Plain
+
+    @property
+    def alone(self) -> bool:
+        """Whether the channels are not sliced, so that this is all of them."""
+        return not self.part.prefix
+
+    @property
+    def adds(self) -> bool:
+        """Whether a reader of this stream comes before, to whose scores this one's are added."""
+        return self.part.first > min(part.first for part in self.layout.parts if part.fields)
+
+    @property
+    def width(self) -> int:
+        """Channels of the part."""
+        return self.part.width
+
+    def own(self, name: str) -> str:
+        """Return a name that no other reader of the stream has."""
+        return name + self.part.prefix.removesuffix(".")
+
+    def channel(self, c: str) -> str:
+        """Return the channel of the head that is channel c of the part."""
+        return f"{self.part.first} + {c}" if self.part.first else c
 
     @property
     def planes(self) -> int:
-        """Chunks of channels that share a byte; 3-bit codes have eight, of which pairs share."""
-        fmt = self.layout.format
-        if isinstance(fmt, Raw):
-            return 1
-        return 8 if code_bits(fmt) == 3 else 8 // code_bits(fmt)
+        """Chunks of channels that share a byte."""
+        return self.part.planes
 
     @property
     def plane(self) -> int:
         """Channels of a plane."""
-        return self.layout.channels // self.planes
+        return self.part.plane
 
     @property
     def group(self) -> int:
         """Channels that share a scale: 1 with one for each channel, all of them for raw."""
-        match self.layout.format:
+        match self.format:
             case Int() as fmt:
                 return fmt.group_channels
             case Bfp() as fmt:
                 return fmt.block
             case Raw():
-                return self.layout.channels
+                return self.width
 
     @property
     def groups(self) -> int:
         """Scales of one token, where scales are of tokens."""
-        return self.layout.channels // self.group
+        return self.width // self.group
 
     @property
     def per_channel(self) -> bool:
         """Whether a scale belongs to one channel of a group of tokens."""
-        fmt = self.layout.format
+        fmt = self.format
         return isinstance(fmt, Int) and fmt.axis == "channel"
+
+    @property
+    def one_scale(self) -> bool:
+        """Whether a token of the stream has no more than one scale."""
+        is_raw = isinstance(self.format, Raw)
+        return is_raw or (self.alone and not self.per_channel and self.groups == 1)
 
     @property
     def lanes(self) -> int:
@@ -73,25 +105,13 @@ class PageReader:
         group = self.plane if self.per_channel else self.group
         return gcd(8, gcd(self.plane, group))
 
-    def arrays(self, kernel: Kernel) -> None:
-        """Declare the typed views of the pages that this format reads."""
-        for field in self.layout.fields:
-            kernel.array(f"{self.role}_{field.dtype}", field.dtype)
-
-    def open_page(self, kernel: Kernel, page: str) -> None:
-        """Bind where each field of head h of a page begins, in elements of the field."""
-        layout, role = self.layout, self.role
-        kernel.let(f"{role}_block", f"{page} * {layout.page_bytes} + h * {layout.head_bytes}")
-        for field in layout.fields:
-            size = np.dtype(field.dtype).itemsize
-            start = f"{role}_block + {field.offset}"
-            shift = size.bit_length() - 1
-            value = f"T.shift_right({start}, T.int64({shift}))" if shift else start
-            kernel.let(f"{role}_{field.name}", value)
+    def begin(self, name: str) -> str:
+        """Return where a field of head h of the present page begins; `open_page` binds it."""
+        return self.own(f"{self.role}_{name}")
 
     def value(self, t: str, i: str, w: str) -> str:
         """Return `lanes` codes of token t as f32 (the values themselves of a raw format)."""
-        fmt, n = self.layout.format, self.lanes
+        fmt, n = self.format, self.lanes
         if isinstance(fmt, Raw):
             return as_f32(self._read("values", t, w, n), fmt.dtype, n)
         bits = code_bits(fmt)
@@ -133,17 +153,54 @@ class PageReader:
         return zero if fmt.zero == "float" else f"({zero} * ({number(-1.0, lanes)} * {scale}))"
 
     def _coded(self) -> Int | Bfp:
-        if isinstance(self.layout.format, Raw):
+        if isinstance(self.format, Raw):
             raise TypeError("a raw format has no codes")
-        return self.layout.format
+        return self.format
 
-    def _field(self, name: str) -> Field:
-        return next(field for field in self.layout.fields if field.name == name)
+    def field(self, name: str) -> Field:
+        """Return a field of the part."""
+        return next(field for field in self.part.fields if field.name == name)
+
+    def place(self, name: str, row: str, column: str) -> str:
+        """Return the index of an element of a field."""
+        return f"{self.begin(name)} + {row} * {self.field(name).shape[1]} + {column}"
 
     def _read(self, name: str, row: str, column: str, lanes: int) -> str:
-        field = self._field(name)
-        index = f"{self.role}_{name} + ({row}) * {field.shape[1]} + {column}"
-        return at(f"{self.role}_{field.dtype}", index, lanes)
+        place = self.place(name, f"({row})", column)
+        return at(f"{self.role}_{self.field(name).dtype}", place, lanes)
+
+
+Readers = tuple[PageReader, ...]
+
+
+def readers_of(stream: StreamPlan) -> Readers:
+    """Return the readers of a stream, in storage order; dropped channels have none."""
+    layout = stream.page_layout()
+    return tuple(
+        PageReader(layout, stream.role, part, part.format)
+        for part in layout.parts
+        if not isinstance(part.format, Drop)
+    )
+
+
+def declare_pages(kernel: Kernel, readers: Readers) -> None:
+    """Declare the typed views of the pages that the formats read."""
+    for reader in readers:
+        for field in reader.part.fields:
+            kernel.array(f"{reader.role}_{field.dtype}", field.dtype)
+
+
+def open_page(kernel: Kernel, readers: Readers, page: str) -> None:
+    """Bind where each field of head h of a page begins, in elements of the field."""
+    layout, role = readers[0].layout, readers[0].role
+    kernel.let(f"{role}_block", f"{page} * {layout.page_bytes} + h * {layout.head_bytes}")
+    for reader in readers:
+        for field in reader.part.fields:
+            size = np.dtype(field.dtype).itemsize
+            start = f"{role}_block + {field.offset}"
+            shift = size.bit_length() - 1
+            value = f"T.shift_right({start}, T.int64({shift}))" if shift else start
+            kernel.let(reader.begin(field.name), value)
 
 
 def as_f32(stored: str, dtype: str, lanes: int) -> str:

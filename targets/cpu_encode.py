@@ -12,7 +12,7 @@ from ..ir.encodings import Bfp, Int, Raw
 from ..ir.layouts import code_bits
 from ..ir.plan import StreamPlan
 from .cpu_append import bf16_bits
-from .cpu_codes import PageReader, as_f32
+from .cpu_codes import PageReader, Readers, as_f32, declare_pages, open_page, readers_of
 from .cpu_text import Kernel, at, bits_as, cast, number, pure, rint, splat
 
 F64 = "float64"
@@ -25,11 +25,11 @@ def encode(stream: StreamPlan) -> Kernel:
     `bad[b * H + h]` becomes 1 where a scale or value does not fit its stored type, else 0.
     """
     kernel, role, heads = Kernel(f"encode_{stream.role}"), stream.role, stream.heads
-    reader = PageReader(stream.page_layout(), role)
+    readers = readers_of(stream)
     for name in ("begin", "end", f"{role}_tail_first", f"{role}_table"):
         kernel.array(name, "int64")
     kernel.array(f"{role}_tail", "float32")
-    reader.arrays(kernel)
+    declare_pages(kernel, readers)
     kernel.array("bad", "int64")
     for name in ("batch", f"{role}_capacity", f"{role}_max_pages"):
         kernel.scalar(name)
@@ -46,24 +46,44 @@ def encode(stream: StreamPlan) -> Kernel:
             kernel.let("place", f"begin[b] + i * {group} - {sink}")
             kernel.let("page", f"T.truncdiv(place, T.int64({size}))")
             kernel.let("t", f"place - page * {size}")
-            reader.open_page(kernel, f"{role}_table[b * {role}_max_pages + page]")
+            open_page(kernel, readers, f"{role}_table[b * {role}_max_pages + page]")
             slot = f"begin[b] + i * {group} - {role}_tail_first[b]"
             kernel.let("source", f"(bh * {role}_capacity + {slot}) * {width}")
-            _write_group(kernel, stream, reader)
+            _write_slices(kernel, readers, group)
     return kernel
 
 
-def _write_group(kernel: Kernel, stream: StreamPlan, reader: PageReader) -> None:
-    """Encode the group of tokens at `source` into the page from token t on."""
-    match stream.tokens.rest:
+def _write_slices(kernel: Kernel, readers: Readers, group: int) -> None:
+    """Encode the tokens at `source` slice by slice, each in groups of its own."""
+    if readers[0].alone:
+        _write_group(kernel, readers[0])
+        return
+    kernel.let("t_all", "t")
+    kernel.let("source_all", "source")
+    for reader in readers:
+        own = reader.format.group_tokens
+        with kernel.block(f"for i_{reader.own('slice')} in T.serial({group // own})"):
+            step = f"i_{reader.own('slice')} * {own}"
+            kernel.let("t", f"t_all + {step}")
+            start = f"source_all + {step} * {reader.layout.channels}"
+            kernel.let("source", f"{start} + {reader.part.first}")
+            _write_group(kernel, reader)
+
+
+def _write_group(kernel: Kernel, reader: PageReader) -> None:
+    """Encode the group of tokens at `source` into the page from token t on.
+
+    `codes` holds the channels of the reader in rows as long as those of the tail.
+    """
+    match reader.format:
         case Raw() as fmt:
             _write_raw(kernel, reader, fmt)
             return
         case Int() as fmt:
-            _write_int(kernel, stream, reader, fmt)
+            _write_int(kernel, reader, fmt)
         case Bfp() as fmt:
-            _write_bfp(kernel, stream, reader, fmt)
-    _write_planes(kernel, reader, stream.tokens.group_tokens)
+            _write_bfp(kernel, reader, fmt)
+    _write_planes(kernel, reader)
 
 
 def _tail(reader: PageReader, offset: str, lanes: int) -> str:
@@ -72,8 +92,8 @@ def _tail(reader: PageReader, offset: str, lanes: int) -> str:
 
 
 def _write_raw(kernel: Kernel, reader: PageReader, fmt: Raw) -> None:
-    lanes = gcd(8, reader.layout.channels)
-    with kernel.block(f"for j in T.serial({reader.layout.channels // lanes})"):
+    lanes = gcd(8, reader.width)
+    with kernel.block(f"for j in T.serial({reader.width // lanes})"):
         value = cast(F64, _tail(reader, f"j * {lanes}", lanes), lanes)
         _write_stored(kernel, reader, "values", ("t", f"j * {lanes}"), value, fmt.dtype, lanes)
 
@@ -88,11 +108,11 @@ def _write_stored(
     lanes: int,
 ) -> str:
     """Round f64 to its stored type, store it at (row, column), flag overflow; return it as f32."""
-    field = next(field for field in reader.layout.fields if field.name == name)
-    index = f"{reader.role}_{name} + ({place[0]}) * {field.shape[1]} + {place[1]}"
+    index = reader.place(name, f"({place[0]})", place[1])
     kernel.let(f"exact_{name}", value)
     kernel.let(f"stored_{name}", _to_stored(f"exact_{name}", dtype, lanes))
-    kernel.line(f"{at(f'{reader.role}_{field.dtype}', index, lanes)} = stored_{name}")
+    view = f"{reader.role}_{reader.field(name).dtype}"
+    kernel.line(f"{at(view, index, lanes)} = stored_{name}")
     kernel.let(f"single_{name}", as_f32(f"stored_{name}", dtype, lanes))
     size = pure("llvm.fabs", "float32", lanes, f"single_{name}")
     kernel.line(f"{at('sizes', '0', lanes)} = {size}")
@@ -138,12 +158,12 @@ def _fold_limits(kernel: Kernel, lanes: int) -> None:
         kernel.line(f"limits[8] = T.max(limits[8], limits[{8 + i}])")
 
 
-def _write_int(kernel: Kernel, stream: StreamPlan, reader: PageReader, fmt: Int) -> None:
+def _write_int(kernel: Kernel, reader: PageReader, fmt: Int) -> None:
     """Write scale, zero and codes of each group of the token, or token group, at t.
 
     Scales of tokens are made one by one, scales of channels eight at once; codes eight at once.
     """
-    width = stream.channels
+    width = reader.width
     if fmt.axis == "token":
         lanes = gcd(8, fmt.group)
         head, place = f"for g in T.serial({width // fmt.group})", ("t", "g")
@@ -152,7 +172,7 @@ def _write_int(kernel: Kernel, stream: StreamPlan, reader: PageReader, fmt: Int)
         lanes = many = gcd(8, width)
         row = f"T.truncdiv(t, T.int64({fmt.group}))"
         head, place = f"for g in T.serial({width // lanes})", (row, f"g * {lanes}")
-        count, offset = fmt.group, f"@ * {width} + g * {lanes}"
+        count, offset = fmt.group, f"@ * {reader.layout.channels} + g * {lanes}"
     with kernel.block(head):
         _write_limits(kernel, reader, count, offset, lanes)
         if many == 1:
@@ -219,11 +239,10 @@ def _clipped(value: str, low: float, high: float, lanes: int) -> str:
     return f"T.min(T.max({value}, {number(low, lanes, F64)}), {number(high, lanes, F64)})"
 
 
-def _write_bfp(kernel: Kernel, stream: StreamPlan, reader: PageReader, fmt: Bfp) -> None:
+def _write_bfp(kernel: Kernel, reader: PageReader, fmt: Bfp) -> None:
     """Write exponent and codes of each block of the token at t."""
-    width, p, lanes = stream.channels, fmt.mantissa, gcd(8, fmt.block)
-    field = next(field for field in reader.layout.fields if field.name == "exponent")
-    with kernel.block(f"for g in T.serial({width // fmt.block})"):
+    p, lanes = fmt.mantissa, gcd(8, fmt.block)
+    with kernel.block(f"for g in T.serial({reader.groups})"):
         offset = f"g * {fmt.block} + @ * {lanes}"
         _write_limits(kernel, reader, fmt.block // lanes, offset, lanes)
         _fold_limits(kernel, lanes)
@@ -231,7 +250,7 @@ def _write_bfp(kernel: Kernel, stream: StreamPlan, reader: PageReader, fmt: Bfp)
         # The exponent field of an f32 is floor(log2) + 127, and 0 below the normal numbers.
         byte = f"T.shift_right({bits_as('int32', 'largest', 1)}, T.int32(23))"
         kernel.let("byte", f"T.bitwise_and({byte}, T.int32(255))")
-        target = f"{reader.role}_uint8[{reader.role}_exponent + t * {field.shape[1]} + g]"
+        target = f"{reader.role}_uint8[{reader.place('exponent', 't', 'g')}]"
         kernel.line(f'{target} = T.Cast("uint8", byte)')
         power = f'T.Cast("int64", T.int32({1023 + p - 2 + 127}) - byte)'
         kernel.let("factor", bits_as(F64, f"T.shift_left({power}, T.int64(52))", 1))
@@ -248,31 +267,29 @@ def _write_bfp(kernel: Kernel, stream: StreamPlan, reader: PageReader, fmt: Bfp)
             kernel.line(f"{target} = {cast('uint8', code, lanes)}")
 
 
-def _write_planes(kernel: Kernel, reader: PageReader, tokens: int) -> None:
-    """Pack the codes of `tokens` tokens from token t on into the planes of the page."""
-    layout, role = reader.layout, reader.role
-    fmt = layout.format
+def _write_planes(kernel: Kernel, reader: PageReader) -> None:
+    """Pack the codes of a group of tokens from token t on into the planes of the page."""
+    fmt = reader.format
     if isinstance(fmt, Raw):
         return
-    bits, width = code_bits(fmt), layout.channels
-    with kernel.block(f"for s in T.serial({tokens})"):
+    bits = code_bits(fmt)
+    with kernel.block(f"for s in T.serial({fmt.group_tokens})"):
         if bits != 3:
-            _write_plane(kernel, f"{role}_codes", width, bits, "{}")
+            _write_plane(kernel, reader, "codes", bits, "{}")
         else:
-            _write_plane(kernel, f"{role}_codes", width, 2, "T.bitwise_and({}, T.uint8(3))")
-            _write_plane(kernel, f"{role}_high", width, 1, "T.shift_right({}, T.uint8(2))")
+            _write_plane(kernel, reader, "codes", 2, "T.bitwise_and({}, T.uint8(3))")
+            _write_plane(kernel, reader, "high", 1, "T.shift_right({}, T.uint8(2))")
 
 
-def _write_plane(kernel: Kernel, start: str, width: int, bits: int, part: str) -> None:
+def _write_plane(kernel: Kernel, reader: PageReader, name: str, bits: int, part: str) -> None:
     count = 8 // bits
-    plane = width // count
+    plane = reader.width // count
     with kernel.block(f"for w in T.serial({plane})"):
         terms = []
         for i in range(count):
-            code = part.format(f"codes[s * {width} + {i * plane} + w]")
+            code = part.format(f"codes[s * {reader.layout.channels} + {i * plane} + w]")
             terms.append(f"T.shift_left({code}, T.uint8({i * bits}))" if i else code)
         text = terms[0]
         for term in terms[1:]:
             text = f"T.bitwise_or({text}, {term})"
-        role = start.split("_")[0]
-        kernel.line(f"{role}_uint8[{start} + (t + s) * {plane} + w] = {text}")
+        kernel.line(f"{reader.role}_uint8[{reader.place(name, '(t + s)', 'w')}] = {text}")

@@ -11,24 +11,7 @@ from math import sqrt
 
 from ..ir.maps import Gather, Hadamard, Map, Scale
 from .cpu_text import Kernel, at, number
-
-
-def constant_name(name: str, kind: str) -> str:
-    """Return the argument's name of a constant."""
-    safe = "".join(c if c.isalnum() else "_" for c in name)
-    return f"{kind}_{safe}"
-
-
-def constant_arguments(kernel: Kernel, maps: Sequence[Map]) -> None:
-    """Declare the constants that maps read: f64 scales and i32 orders, flat [H, D]."""
-    for m in maps:
-        match m:
-            case Gather(order=name):
-                kernel.array(constant_name(name, "order"), "int32")
-            case Scale(values=name):
-                kernel.array(constant_name(name, "scale"), "float64")
-            case Hadamard():
-                pass
+from .kernel_text import constant_name
 
 
 def write_maps(kernel: Kernel, maps: Sequence[Map], width: int, head: str) -> str:

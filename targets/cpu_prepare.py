@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from ..ir.plan import AttentionPlan
-from .cpu_codes import PageReader
-from .cpu_maps import constant_arguments, write_maps
+from .cpu_codes import readers_of
+from .cpu_maps import write_maps
 from .cpu_scores_int import chunk, uses_integers
 from .cpu_softmax import NEGATIVE, write_exp, write_log
 from .cpu_text import Kernel, number, rint
+from .kernel_text import constant_arguments
 
 
 def prepare(plan: AttentionPlan) -> Kernel:
@@ -18,7 +19,7 @@ def prepare(plan: AttentionPlan) -> Kernel:
     """
     kernel, width, group = Kernel("prepare"), plan.k.channels, plan.group
     heads, bits = plan.q_heads, plan.query_bits
-    reader = PageReader(plan.k.page_layout(), "k")
+    reader = readers_of(plan.k)[0]
     integers = uses_integers(plan, reader)
     kernel.array("q", "float32")
     kernel.array("query", "float32")
@@ -61,7 +62,7 @@ def _write_rounding(kernel: Kernel, plan: AttentionPlan, y: str, bits: int, inte
         kernel.let("n", rint(f"{y}[c] / safe", 1, "float64"))
         kernel.line(f'query[row * {width} + c] = T.Cast("float32", n * s * {scale})')
         if integers:
-            reader = PageReader(plan.k.page_layout(), "k")
+            reader = readers_of(plan.k)[0]
             kernel.line(f'q_codes[row * {width} + c] = T.Cast("{chunk(reader)[1]}", n)')
     if integers:
         kernel.line(f'q_step[row] = T.Cast("float32", s * {scale})')
@@ -72,10 +73,14 @@ def combine(plan: AttentionPlan) -> Kernel:
 
     out = sum_i w_i part_out_i / total,  total = sum_i w_i part_sum_i,  w_i = exp(max_i - max),
     lse = max + log(total).
+
+    A learned sink of query head h adds exp(sinks[h] - max) to the total of a query that sees keys.
     """
     kernel, width, group, heads = Kernel("combine"), plan.v.channels, plan.group, plan.q_heads
     for name in ("part_out", "part_max", "part_sum", "out", "lse"):
         kernel.array(name, "float32")
+    if plan.sinks is not None:
+        kernel.array("sinks", "float32")
     constant_arguments(kernel, plan.out_maps)
     for name in ("batch", "splits", "rows", "queries"):
         kernel.scalar(name)
@@ -92,12 +97,23 @@ def combine(plan: AttentionPlan) -> Kernel:
             kernel.line(f"sums[1] = {number(0.0)}")
             with kernel.block("for i in T.serial(splits)"):
                 kernel.line("sums[0] = T.max(sums[0], part_max[(bh * splits + i) * rows + row])")
+            if plan.sinks is not None:
+                _write_sink(kernel, f"sinks[T.truncmod(bhq, T.int64({heads}))]")
             kernel.let("top", "sums[0]")
             with kernel.block(f"for c in T.serial({width})"):
                 kernel.line(f"y[c] = {number(0.0, 1, 'float64')}")
             _write_merge(kernel, width)
             _write_result(kernel, plan)
     return kernel
+
+
+def _write_sink(kernel: Kernel, sink: str) -> None:
+    """Begin the sum of a query that saw a key with its head's learned sink."""
+    with kernel.block(f"if sums[0] > {NEGATIVE}"):
+        kernel.line(f"sums[0] = T.max(sums[0], {sink})")
+        kernel.let("x", f"{sink} - sums[0]")
+        write_exp(kernel, "x", "w", 1)
+        kernel.line("sums[1] = w")
 
 
 def _write_result(kernel: Kernel, plan: AttentionPlan) -> None:

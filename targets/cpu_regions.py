@@ -11,7 +11,7 @@ from collections.abc import Callable
 from math import lcm
 
 from ..ir.plan import AttentionPlan, StreamPlan
-from .cpu_codes import PageReader
+from .cpu_codes import Readers, declare_pages, open_page, readers_of
 from .cpu_text import Kernel
 
 SPLIT_TOKENS = 512
@@ -37,18 +37,18 @@ def row_stride(plan: AttentionPlan) -> int:
     return PAD + -(-(plan.k.tokens.sink + split_tokens(plan)) // 8) * 8 + 8
 
 
-def stream_arguments(kernel: Kernel, stream: StreamPlan) -> PageReader:
-    """Declare the arguments that name a stream, and return the reader of its pages."""
-    role, reader = stream.role, PageReader(stream.page_layout(), stream.role)
+def stream_arguments(kernel: Kernel, stream: StreamPlan) -> Readers:
+    """Declare the arguments that name a stream, and return the readers of its pages."""
+    role, readers = stream.role, readers_of(stream)
     if stream.tokens.sink:
         kernel.array(f"{role}_sink", "float32")
     kernel.array(f"{role}_tail", "float32")
     for name in ("tail_first", "table", "encoded"):
         kernel.array(f"{role}_{name}", "int64")
-    reader.arrays(kernel)
+    declare_pages(kernel, readers)
     kernel.scalar(f"{role}_capacity")
     kernel.scalar(f"{role}_max_pages")
-    return reader
+    return readers
 
 
 def write_split(kernel: Kernel, plan: AttentionPlan) -> None:
@@ -61,13 +61,13 @@ def write_split(kernel: Kernel, plan: AttentionPlan) -> None:
 
 
 def write_regions(
-    kernel: Kernel, reader: PageReader, stream: StreamPlan, raw: RawRegion, page: PageRegion
+    kernel: Kernel, readers: Readers, stream: StreamPlan, raw: RawRegion, page: PageRegion
 ) -> None:
     """Walk the positions [see0, see1) of a stream: sink, pages, tail.
 
     Args:
         kernel: where to write; b, h, see0, see1 are bound.
-        reader: of the stream's pages.
+        readers: of the stream's pages.
         stream: the plan.
         raw: called with (buffer, base, first, last): position p is at base + p * channels.
         page: called inside the loop over pages; bound are <role>_pos, the position of the page's
@@ -88,7 +88,7 @@ def write_regions(
         kernel.let(f"{role}_t0", f"T.max(see0 - {role}_pos, T.int64(0))")
         kernel.let(f"{role}_t1", f"T.min({role}_end - {role}_pos, T.int64({size}))")
         kernel.let(f"{role}_page", f"{role}_table[b * {role}_max_pages + page]")
-        reader.open_page(kernel, f"{role}_page")
+        open_page(kernel, readers, f"{role}_page")
         page()
     base = f"({head} * {role}_capacity - {role}_tail_first[b]) * {width}"
     kernel.let(f"{role}_tail_base", base)

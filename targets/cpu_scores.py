@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from math import gcd
 
-from ..ir.encodings import Int, Raw
+from ..ir.encodings import Raw
 from .cpu_codes import PageReader
 from .cpu_regions import PAD
 from .cpu_text import Kernel, at, fma, horizontal, number, splat
@@ -62,15 +62,19 @@ class Dot:
 
     Attributes:
         lanes: channels at once.
+        channels: of a token.
         value: (token, channel) -> f32 vector.
         query: (row, channel) -> f32 vector.
         start: row -> f32 vector that the sum begins with.
+        adds: whether the logits hold the scores of other channels already.
     """
 
     lanes: int
+    channels: int
     value: Callable[[str, str], str]
     query: Callable[[str, str], str]
     start: Callable[[str], str]
+    adds: bool = False
 
 
 def write_dots(kernel: Kernel, rows: Rows, dot: Dot, t: str, tokens: int, position: str) -> None:
@@ -80,18 +84,20 @@ def write_dots(kernel: Kernel, rows: Rows, dot: Dot, t: str, tokens: int, positi
     with kernel.block(f"for r in T.unroll({n})"), kernel.block(f"for s in T.unroll({tokens})"):
         kernel.line(f"{at('acc', f'(r * {tokens} + s) * {lanes}', lanes)} = {dot.start('r')}")
     with (
-        kernel.block(f"for j in T.unroll({rows.channels // lanes})"),
+        kernel.block(f"for j in T.unroll({dot.channels // lanes})"),
         kernel.block(f"for s in T.unroll({tokens})"),
     ):
         kernel.let("x", dot.value(f"{t} + s", f"j * {lanes}"))
         with kernel.block(f"for r in T.unroll({n})"):
             acc = at("acc", f"(r * {tokens} + s) * {lanes}", lanes)
             kernel.line(f"{acc} = {fma(dot.query('r', f'j * {lanes}'), 'x', acc)}")
-    store_sums(kernel, rows, tokens, lanes, position)
+    store_sums(kernel, rows, tokens, lanes, position, dot.adds)
 
 
-def store_sums(kernel: Kernel, rows: Rows, tokens: int, lanes: int, position: str) -> None:
-    """Sum the lanes of `acc` (row by row, then token by token) and store the logits."""
+def store_sums(
+    kernel: Kernel, rows: Rows, tokens: int, lanes: int, position: str, adds: bool = False
+) -> None:
+    """Sum the lanes of `acc` (row by row, then token by token); store the sums, or add them."""
     total = rows.count * tokens
     kernel.scratch("sums", -(-total // 4) * 4)
     horizontal(kernel, [("acc", str(i * lanes)) for i in range(total)], lanes, "sums")
@@ -99,7 +105,8 @@ def store_sums(kernel: Kernel, rows: Rows, tokens: int, lanes: int, position: st
     for r in range(rows.count):
         for s in range(0, tokens, step):
             target = at("logits", rows.logit(str(r), f"{position} + {s}"), step)
-            kernel.line(f"{target} = {at('sums', str(r * tokens + s), step)}")
+            sums = at("sums", str(r * tokens + s), step)
+            kernel.line(f"{target} = {target} + {sums}" if adds else f"{target} = {sums}")
 
 
 def write_raw_scores(
@@ -109,6 +116,7 @@ def write_raw_scores(
     lanes = gcd(8, rows.channels)
     dot = Dot(
         lanes,
+        rows.channels,
         lambda t, c: at(buffer, f"{base} + ({t}) * {rows.channels} + {c}", lanes),
         lambda r, c: at("query", rows.query(r, c), lanes),
         lambda r: number(0.0, lanes),
@@ -128,36 +136,44 @@ def write_raw_scores(
 
 def score_scratch(kernel: Kernel, reader: PageReader, rows: int) -> None:
     """Declare and fill what the scores of one item need for every page."""
-    layout, lanes = reader.layout, reader.lanes
-    if isinstance(layout.format, Raw):
+    layout, lanes, own = reader.layout, reader.lanes, reader.own
+    if isinstance(reader.format, Raw):
         return
     if reader.per_channel:
-        kernel.scratch("query_scaled", rows * layout.channels)
-        kernel.scratch("query_zero", rows * lanes)
+        kernel.scratch(own("query_scaled"), rows * reader.width)
+        kernel.scratch(own("query_zero"), rows * lanes)
         return
     # Sums of q by group, kept by lanes: their sum over the lanes is the group's.
-    kernel.scratch("query_sums", rows * reader.groups * lanes)
+    kernel.scratch(own("query_sums"), rows * reader.groups * lanes)
     with kernel.block(f"for g in T.serial({rows * reader.groups})"):
-        target = at("query_sums", f"g * {lanes}", lanes)
+        target = at(own("query_sums"), f"g * {lanes}", lanes)
         kernel.line(f"{target} = {number(0.0, lanes)}")
         with kernel.block(f"for j in T.serial({reader.group // lanes})"):
-            part = at("query", f"q_base + g * {reader.group} + j * {lanes}", lanes)
+            part = at("query", f"q_base + {_group_start(reader)} + j * {lanes}", lanes)
             kernel.line(f"{target} = {target} + {part}")
-    if reader.groups == 1:
+    if reader.one_scale:
         kernel.scratch("query_sum", rows)
         with kernel.block(f"for r in T.serial({rows})"):
             terms = [f"query_sums[r * {lanes} + {i}]" for i in range(lanes)]
             kernel.line(f"query_sum[r] = {' + '.join(terms)}")
         return
-    kernel.scratch("k_scales", layout.tokens * reader.groups)
-    kernel.scratch("k_zeros", layout.tokens * reader.groups)
+    kernel.scratch(own("k_scales"), layout.tokens * reader.groups)
+    kernel.scratch(own("k_zeros"), layout.tokens * reader.groups)
+
+
+def _group_start(reader: PageReader) -> str:
+    """Return where group g begins in the queries; g counts the groups of all rows."""
+    if reader.alone:
+        return f"g * {reader.group}"
+    row, group = f"T.truncdiv(g, {reader.groups})", f"T.truncmod(g, {reader.groups})"
+    return reader.channel(f"{row} * {reader.layout.channels} + {group} * {reader.group}")
 
 
 def write_page_scores(kernel: Kernel, reader: PageReader, rows: Rows) -> None:
     """Write the scores of the present page for a block of rows."""
     if reader.per_channel:
         _channel_scales(kernel, reader, rows)
-    elif isinstance(reader.layout.format, Raw) or reader.groups == 1:
+    elif reader.one_scale:
         _one_scale(kernel, reader, rows)
     else:
         _group_scales(kernel, reader, rows)
@@ -167,9 +183,11 @@ def _plain(reader: PageReader, rows: Rows) -> Dot:
     lanes, plane = reader.lanes, reader.plane
     return Dot(
         lanes,
+        reader.width,
         lambda t, c: reader.value(t, f"({c}) // {plane}", f"({c}) % {plane}"),
-        lambda r, c: at("query", rows.query(r, c), lanes),
+        lambda r, c: at("query", rows.query(r, reader.channel(c)), lanes),
         lambda r: number(0.0, lanes),
+        reader.adds,
     )
 
 
@@ -179,7 +197,7 @@ def _one_scale(kernel: Kernel, reader: PageReader, rows: Rows) -> None:
     with kernel.block(f"for step in T.serial(T.truncdiv(k_t1 + {tokens - 1}, T.int64({tokens})))"):
         kernel.let("t", f"step * {tokens}")
         write_dots(kernel, rows, _plain(reader, rows), "t", tokens, "k_pos + t")
-    if not isinstance(reader.layout.format, Raw):
+    if not isinstance(reader.format, Raw):
         write_scales_of_tokens(kernel, reader, rows, None)
 
 
@@ -202,15 +220,15 @@ def write_page_params(kernel: Kernel, reader: PageReader) -> None:
 
     Only for several scales a token: the others are read where they are used.
     """
-    if isinstance(reader.layout.format, Raw) or reader.per_channel or reader.groups == 1:
+    if reader.per_channel or reader.one_scale:
         return
     count = reader.layout.tokens * reader.groups
     lanes = gcd(8, reader.groups * reader.layout.tokens)
     with kernel.block(f"for i in T.serial(T.int64({count // lanes}))"):
         kernel.let("scale", reader.scale("0", f"i * {lanes}", lanes))
-        kernel.line(f"{at('k_scales', f'i * {lanes}', lanes)} = scale")
+        kernel.line(f"{at(reader.own('k_scales'), f'i * {lanes}', lanes)} = scale")
         zero = reader.zero("0", f"i * {lanes}", lanes, "scale")
-        kernel.line(f"{at('k_zeros', f'i * {lanes}', lanes)} = {zero}")
+        kernel.line(f"{at(reader.own('k_zeros'), f'i * {lanes}', lanes)} = {zero}")
 
 
 def _group_scales(kernel: Kernel, reader: PageReader, rows: Rows) -> None:
@@ -231,7 +249,7 @@ def _group_scales(kernel: Kernel, reader: PageReader, rows: Rows) -> None:
                     kernel.line(f"{acc} = {fma(dot.query('r', channel), 'x', acc)}")
 
         write_group_sums(kernel, reader, rows, tokens, group)
-        store_sums(kernel, rows, tokens, dot.lanes, "k_pos + t")
+        store_sums(kernel, rows, tokens, dot.lanes, "k_pos + t", dot.adds)
 
 
 def write_group_sums(
@@ -242,7 +260,7 @@ def write_group_sums(
     group: Callable[[int, str], None],
 ) -> None:
     """Write acc = sum_g part_g s_g + (sum q)_g z_g; `group(g, s)` writes part of token t + s."""
-    n, lanes, groups = rows.count, reader.lanes, reader.groups
+    n, lanes, groups, own = rows.count, reader.lanes, reader.groups, reader.own
     kernel.scratch("acc", n * tokens * lanes)
     kernel.scratch("part", n * lanes)
     with kernel.block(f"for i in T.unroll({n * tokens})"):
@@ -252,27 +270,29 @@ def write_group_sums(
             group(g, "s")
             with kernel.block(f"for r in T.unroll({n})"):
                 acc = at("acc", f"(r * {tokens} + s) * {lanes}", lanes)
-                scale = splat(f"k_scales[(t + s) * {groups} + {g}]", lanes)
-                zero = splat(f"k_zeros[(t + s) * {groups} + {g}]", lanes)
-                sums = at("query_sums", f"(({rows.first} + r) * {groups} + {g}) * {lanes}", lanes)
+                scale = splat(f"{own('k_scales')}[(t + s) * {groups} + {g}]", lanes)
+                zero = splat(f"{own('k_zeros')}[(t + s) * {groups} + {g}]", lanes)
+                place = f"(({rows.first} + r) * {groups} + {g}) * {lanes}"
+                sums = at(own("query_sums"), place, lanes)
                 part = at("part", f"r * {lanes}", lanes)
                 kernel.line(f"{acc} = {fma(part, scale, fma(sums, zero, acc))}")
 
 
 def _channel_scales(kernel: Kernel, reader: PageReader, rows: Rows) -> None:
     """For each group of tokens: q times the scales, and <q, zero>; then dots of the codes."""
-    fmt = reader.layout.format
-    size = fmt.group if isinstance(fmt, Int) else 1
-    lanes, plane, width = reader.lanes, reader.plane, rows.channels
+    size = reader.format.group_tokens
+    lanes, plane, width, own = reader.lanes, reader.plane, reader.width, reader.own
     tokens = gcd(TOKENS.get(rows.count, 1), size)
     whole = f"T.truncdiv(k_t1 + {size - 1}, T.int64({size}))"
     with kernel.block(f"for g in T.serial({whole})"):
         _scale_queries(kernel, reader, rows)
         dot = Dot(
             lanes,
+            width,
             lambda t, c: reader.value(t, f"({c}) // {plane}", f"({c}) % {plane}"),
-            lambda r, c: at("query_scaled", f"({rows.first} + {r}) * {width} + {c}", lanes),
-            lambda r: at("query_zero", f"({rows.first} + {r}) * {lanes}", lanes),
+            lambda r, c: at(own("query_scaled"), f"({rows.first} + {r}) * {width} + {c}", lanes),
+            lambda r: at(own("query_zero"), f"({rows.first} + {r}) * {lanes}", lanes),
+            reader.adds,
         )
         count = f"T.min(k_t1 - g * {size}, T.int64({size}))"
         steps = f"T.truncdiv({count} + {tokens - 1}, T.int64({tokens}))"
@@ -283,16 +303,16 @@ def _channel_scales(kernel: Kernel, reader: PageReader, rows: Rows) -> None:
 
 def _scale_queries(kernel: Kernel, reader: PageReader, rows: Rows) -> None:
     """Fill query_scaled and query_zero for token group g."""
-    lanes, width = reader.lanes, rows.channels
+    lanes, width, own = reader.lanes, reader.width, reader.own
     with kernel.block(f"for r in T.unroll({rows.count})"):
-        target = at("query_zero", f"({rows.first} + r) * {lanes}", lanes)
+        target = at(own("query_zero"), f"({rows.first} + r) * {lanes}", lanes)
         kernel.line(f"{target} = {number(0.0, lanes)}")
     with kernel.block(f"for j in T.serial({width // lanes})"):
         kernel.let("scale", reader.scale("g", f"j * {lanes}", lanes))
         kernel.let("zero", reader.zero("g", f"j * {lanes}", lanes, "scale"))
         with kernel.block(f"for r in T.unroll({rows.count})"):
-            query = at("query", rows.query("r", f"j * {lanes}"), lanes)
-            scaled = at("query_scaled", f"({rows.first} + r) * {width} + j * {lanes}", lanes)
-            target = at("query_zero", f"({rows.first} + r) * {lanes}", lanes)
+            query = at("query", rows.query("r", reader.channel(f"j * {lanes}")), lanes)
+            scaled = at(own("query_scaled"), f"({rows.first} + r) * {width} + j * {lanes}", lanes)
+            target = at(own("query_zero"), f"({rows.first} + r) * {lanes}", lanes)
             kernel.line(f"{scaled} = {query} * scale")
             kernel.line(f"{target} = {fma(query, 'zero', target)}")

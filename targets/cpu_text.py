@@ -6,38 +6,22 @@ Everything is text so that the emitted source can be read, dumped and kept as a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
+
+from .kernel_text import KernelText
 
 SIZES = {"uint8": 1, "int8": 1, "float16": 2, "uint16": 2, "int16": 2, "float32": 4, "int32": 4}
 
 
 @dataclass(slots=True)
-class Kernel:
-    """One kernel while it is written.
+class Kernel(KernelText):
+    """One kernel in TVMScript while it is written.
 
     Attributes:
-        name: of the function.
-        buffers: (name, dtype) of each array argument; all are flat.
-        scalars: names of the int64 arguments, which follow the arrays.
-        lines: of the body.
+        names: how many names of each beginning `fresh` has bound.
     """
 
-    name: str
-    buffers: list[tuple[str, str]] = field(default_factory=list)
-    scalars: list[str] = field(default_factory=list)
-    lines: list[str] = field(default_factory=list)
-    depth: int = 1
     names: dict[str, int] = field(default_factory=dict)
-
-    def line(self, text: str) -> None:
-        """Write one line at the present depth."""
-        self.lines.append("    " * self.depth + text)
-
-    def note(self, text: str) -> None:
-        """Write a comment."""
-        self.line(f"# {text}")
 
     def let(self, name: str, value: str) -> None:
         """Bind a name to a value."""
@@ -48,26 +32,6 @@ class Kernel:
         self.names[name] = self.names.get(name, 0) + 1
         self.let(f"{name}_{self.names[name]}", value)
         return f"{name}_{self.names[name]}"
-
-    @contextmanager
-    def block(self, head: str) -> Iterator[None]:
-        """Write `head:` and indent what follows."""
-        self.line(f"{head}:")
-        self.depth += 1
-        yield
-        self.depth -= 1
-
-    def array(self, name: str, dtype: str) -> str:
-        """Declare an array argument, once, and return its name."""
-        if (name, dtype) not in self.buffers:
-            self.buffers.append((name, dtype))
-        return name
-
-    def scalar(self, name: str) -> str:
-        """Declare an int64 argument, once, and return its name."""
-        if name not in self.scalars:
-            self.scalars.append(name)
-        return name
 
     def scratch(self, name: str, count: int, dtype: str = "float32") -> str:
         """Declare memory of this thread. Under 1 KiB it is the stack's, else the pool's."""

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import gcd
 
-from ..ir.encodings import Int, Raw
-from .cpu_codes import PageReader
+from ..ir.encodings import Raw
+from .cpu_codes import PageReader, Readers
 from .cpu_scores import Rows
 from .cpu_text import Kernel, at, fma, number, splat
 
@@ -30,6 +30,7 @@ class Sum:
     Attributes:
         planes: whose bytes are shared.
         plane: channels of a plane.
+        base: channel of the head that is the first of the reader.
         begin: first place.
         end: last place plus one.
         lanes: channels at once.
@@ -43,6 +44,7 @@ class Sum:
 
     planes: tuple[int, ...]
     plane: int
+    base: int
     begin: int
     end: int
     lanes: int
@@ -73,8 +75,9 @@ def write_sum(kernel: Kernel, rows: Rows, part: Sum) -> None:
                     kernel.let("x", part.value("t", str(plane), place))
                 with kernel.block(f"for r in T.unroll({n})"):
                     acc = at("acc", f"(({order * side} + j) * {n} + r) * {lanes}", lanes)
-                    channel = f"{plane * part.plane} + {place}"
-                    kernel.line(step(acc, _target(rows, "r", channel, lanes), channel))
+                    channel = plane * part.plane
+                    target = _target(rows, "r", f"{part.base + channel} + {place}", lanes)
+                    kernel.line(step(acc, target, f"{channel} + {place}"))
 
     def begin(acc: str, target: str, channel: str) -> str:
         return f"{acc} = {part.start('r', target, channel)}"
@@ -111,6 +114,7 @@ def write_raw_values(
         Sum(
             planes=(0,),
             plane=width,
+            base=0,
             begin=0,
             end=width,
             lanes=lanes,
@@ -124,25 +128,25 @@ def write_raw_values(
     )
 
 
-def value_scratch(kernel: Kernel, reader: PageReader, rows: int) -> None:
-    """Declare what the values of one item need for every page."""
-    layout = reader.layout
-    if isinstance(layout.format, Raw):
-        return
-    kernel.scratch("p_sum", rows * 8)
-    if reader.per_channel:
-        return
-    kernel.scratch("weights", rows * layout.tokens)
-    if reader.groups > 1:
-        kernel.scratch("v_scales", layout.tokens * reader.groups)
-        kernel.scratch("v_zeros", layout.tokens * reader.groups)
+def value_scratch(kernel: Kernel, readers: Readers, rows: int) -> None:
+    """Declare what the values of one item need for every page; the readers take turns."""
+    tokens = readers[0].layout.tokens
+    coded = [reader for reader in readers if not isinstance(reader.format, Raw)]
+    groups = [reader.groups for reader in coded if not reader.per_channel]
+    if coded:
+        kernel.scratch("p_sum", rows * 8)
+    if groups:
+        kernel.scratch("weights", rows * tokens)
+    if max(groups, default=1) > 1:
+        kernel.scratch("v_scales", tokens * max(groups))
+        kernel.scratch("v_zeros", tokens * max(groups))
 
 
 def write_page_values(kernel: Kernel, reader: PageReader, rows: Rows) -> None:
     """Add the values of the present page to a block of rows."""
-    if isinstance(reader.layout.format, Raw):
+    if isinstance(reader.format, Raw):
         logit = lambda r, t: f"logits[{rows.logit(r, f'v_pos + {t}')}]"  # noqa: E731
-        for part in _plane_sums(reader, 0, reader.layout.channels, "v_t0", "v_t1", logit):
+        for part in _plane_sums(reader, 0, reader.width, "v_t0", "v_t1", logit):
             write_sum(kernel, rows, part)
     elif reader.per_channel:
         _channel_scales(kernel, reader, rows)
@@ -178,6 +182,7 @@ def _plane_sums(
                 Sum(
                     group,
                     plane,
+                    reader.part.first,
                     begin,
                     end,
                     lanes,
@@ -267,9 +272,7 @@ def _token_group(kernel: Kernel, reader: PageReader, rows: Rows, g: int) -> None
 
 
 def _channel_scales(kernel: Kernel, reader: PageReader, rows: Rows) -> None:
-    fmt = reader.layout.format
-    size = fmt.group if isinstance(fmt, Int) else 1
-    lanes = reader.lanes
+    size, lanes = reader.format.group_tokens, reader.lanes
 
     def total(t: str) -> None:
         with kernel.block(f"for r in T.unroll({rows.count})"):
@@ -295,7 +298,7 @@ def _channel_scales(kernel: Kernel, reader: PageReader, rows: Rows) -> None:
         sums = _plane_sums(
             reader,
             0,
-            reader.layout.channels,
+            reader.width,
             "first",
             "last",
             weight,

@@ -1,5 +1,10 @@
 """What several test files share: a generator of random attention layers."""
 
+import os
+
+# Triton reads it when it is imported. The compiler of kvant starts a process without it.
+os.environ["TRITON_INTERPRET"] = "1"
+
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +18,7 @@ from kvant.ir.graph import Graph, Value
 from kvant.ir.rewrite import Builder
 from kvant.ir.types import TensorType
 
+SLOWEST = ("test_gpu_random.py", "test_smollm2.py", "test_cpu_random.py")
 AttentionCase = tuple[Graph, dict[str, Array], dict[str, Array], dict[str, Any]]
 
 
@@ -34,6 +40,9 @@ def _draw_dims(rng: np.random.Generator, fixed: dict[str, Any]) -> dict[str, Any
         "position": int(rng.choice([0, 17, 5_000, 1_000_003])),
         "softcap": float(rng.uniform(2, 30)) if rng.random() < 0.3 else None,
         "window": int(rng.integers(1, 6)) if rng.random() < 0.3 else None,
+        "rope_style": str(rng.choice(["half", "adjacent"])),
+        "passed": int(rng.choice([0, 0, 2])),
+        "sinks": bool(rng.random() < 0.3),
     }
     unknown = fixed.keys() - dims.keys()
     if unknown:
@@ -55,7 +64,7 @@ def _projection(b: Builder, x: Value, name: str, heads: int, width: int, bias: b
 def _build_graph(dims: dict[str, Any]) -> Graph:
     b = Builder("attention")
     x = b.input("x", TensorType("f32", ("B", "T", dims["hidden"])))
-    turn = TensorType("f32", ("B", "T", dims["head_dim"]))
+    turn = TensorType("f32", ("B", "T", dims["head_dim"] - dims["passed"]))
     tables = (b.input("cos", turn), b.input("sin", turn)) if dims["rope"] else ()
     width, values = dims["head_dim"], dims["v_head_dim"]
     streams = {}
@@ -64,7 +73,9 @@ def _build_graph(dims: dict[str, Any]) -> Graph:
         if dims["qk_norm"]:
             w = b.param(f"{name}_norm.weight", TensorType("f32", (width,)))
             s = b.emit("rms_norm", s, w, eps=1e-6, offset=dims["norm_offset"], hint=f"{name}_norm")
-        streams[name] = b.emit("rope", s, *tables, hint=f"{name}_rope") if tables else s
+        if tables:
+            s = b.emit("rope", s, *tables, style=dims["rope_style"], hint=f"{name}_rope")
+        streams[name] = s
     streams["v"] = _projection(b, x, "v", dims["kv_heads"], values, dims["bias"])
     store = Tokens(rest=Raw("f32"))
     caches = [
@@ -73,7 +84,8 @@ def _build_graph(dims: dict[str, Any]) -> Graph:
     ]
     read = [b.emit("cache_read", cache, hint=f"{cache.name}_read") for cache in caches]
     attrs = {"scale": width**-0.5, "softcap": dims["softcap"], "window": dims["window"]}
-    y = b.emit("merge_heads", b.emit("attend", streams["q"], *read, **attrs))
+    sinks = [b.param("sinks", TensorType("f32", (dims["heads"],)))] if dims["sinks"] else []
+    y = b.emit("merge_heads", b.emit("attend", streams["q"], *read, *sinks, **attrs))
     wires = [b.param("o_proj.weight", TensorType("f32", (dims["hidden"], dims["heads"] * values)))]
     if dims["out_bias"]:
         wires.append(b.param("o_proj.bias", TensorType("f32", (dims["hidden"],))))
@@ -90,12 +102,12 @@ def _draw_arrays(
         params[name] = rng.normal(size=shape) * scale
     inputs = {"x": rng.normal(size=(dims["batch"], dims["tokens"], dims["hidden"]))}
     if dims["rope"]:
-        half = dims["head_dim"] // 2
+        pairs = (dims["head_dim"] - dims["passed"]) // 2
         position = dims["position"] + np.arange(dims["tokens"], dtype=np.float64)
-        angle = position[:, None] * 10_000.0 ** (-np.arange(half) / half)
-        angles = np.broadcast_to(
-            np.concatenate((angle, angle), -1), (dims["batch"], *angle.shape[:1], 2 * half)
-        )
+        angle = position[:, None] * 10_000.0 ** (-np.arange(pairs) / pairs)
+        by_half = dims["rope_style"] == "half"
+        angle = np.tile(angle, 2) if by_half else np.repeat(angle, 2, axis=-1)
+        angles = np.broadcast_to(angle, (dims["batch"], *angle.shape))
         inputs |= {"cos": np.cos(angles), "sin": np.sin(angles)}
     return inputs, params
 
@@ -105,7 +117,8 @@ def random_attention_graph() -> Callable[..., AttentionCase]:
     """Return make(rng, **fixed) -> (graph, inputs, params, dims): one attention layer.
 
     Varied, and held by giving it by name: batch tokens kv_heads group head_dim v_head_dim hidden
-    bias out_bias qk_norm norm_offset rope position softcap window; dims also has heads. Parameters
+    bias out_bias qk_norm norm_offset rope position softcap window rope_style passed (channels that
+    RoPE leaves as they are) sinks; dims also has heads. Parameters
     are named as in transformers: q_proj.weight, q_norm.weight, o_proj.bias ... Inputs are x, cos
     and sin for `tokens` positions from `position` on; slice them along axis 1 to run in steps.
     """
@@ -137,3 +150,10 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.section("random cases")
     for name, total in totals.items():
         terminalreporter.line(f"{total:>7,} {name.removeprefix('cases of ')}")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest, so that no worker is left alone with one."""
+    last = len(SLOWEST)
+    places = {name: place for place, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: places.get(item.path.name, last))

@@ -47,8 +47,8 @@ REFUSALS: dict[str, tuple[str, str, str, str]] = {
         "unknown-recipe",
         "there is no recipe 'kivi-3bit'",
         "the recipe argument",
-        "did you mean: kivi-4bit, kivi-2bit? `kvant show recipes` lists all; a path must "
-        "end in .toml",
+        "did you mean: kivi-4bit, kivi-2bit, split-2bit? `kvant show recipes` lists all; a path "
+        "must end in .toml",
     ),
     "unknown key": (
         "unknown-key",

@@ -42,7 +42,15 @@ group = "head"
 """
 
 
-OTHER_RECIPES = ("int4-token", "int8-token", "kivi-2bit", "ksort-bfp", "quarot-kv4", "qserve-kv4")
+OTHER_RECIPES = (
+    "int4-token",
+    "int8-token",
+    "kivi-2bit",
+    "ksort-bfp",
+    "quarot-kv4",
+    "qserve-kv4",
+    "split-2bit",
+)
 
 
 @pytest.fixture(scope="session")
@@ -189,6 +197,28 @@ def test_kivi_2bit_is_clearly_better_than_2_bits_per_token(
     assert kivi["bits_per_element"] <= plain["bits_per_element"] * 1.001
     assert kivi["kl_mean"] < 0.6 * plain["kl_mean"], (kivi, plain)
     assert kivi["kl_mean_high"] < plain["kl_mean_low"], (kivi, plain)
+
+
+@pytest.mark.long
+def test_split_2bit_is_better_than_kivi_2bit_at_no_more_bits(
+    source: ModelSource, compiled: Any, quality: Any
+) -> None:
+    """On two texts, and at every length from 1,024 tokens on: outliers want bits, the rest few."""
+    pairs = [(quality("split-2bit"), quality("kivi-2bit"))]
+    other = demo_text()[80_000:]
+    pairs.append(
+        tuple(  # type: ignore[arg-type]
+            evaluate(compiled(name), source, other, tokens=512).to_json()
+            for name in ("split-2bit", "kivi-2bit")
+        )
+    )
+    for split, kivi in pairs:
+        assert split["bits_per_element"] <= kivi["bits_per_element"]
+        assert split["kl_mean"] < 0.5 * kivi["kl_mean"], (split, kivi)
+        assert split["kl_mean_high"] < kivi["kl_mean_low"], (split, kivi)
+    ours, theirs = (compiled(name).plans[0] for name in ("split-2bit", "kivi-2bit"))
+    for length in range(1024, 65_536, 61):
+        assert ours.bytes(length) <= theirs.bytes(length), length
 
 
 @pytest.mark.long

@@ -7,6 +7,7 @@ and `roundtrip(x)`; fields are named arrays as a page holds them, except that co
 from .affine import Int
 from .bfp import Bfp
 from .raw import Raw
+from .slices import Drop, Plain, Slice, Slices
 from .tokens import Format, Tokens
 
-__all__ = ["Bfp", "Format", "Int", "Raw", "Tokens"]
+__all__ = ["Bfp", "Drop", "Format", "Int", "Plain", "Raw", "Slice", "Slices", "Tokens"]

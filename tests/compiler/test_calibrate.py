@@ -21,6 +21,8 @@ from kvant.compiler.calibrate import IMPLEMENTATION, calibrate, own_text, record
 from kvant.compiler.texts import demo_text, prose
 from kvant.ir.errors import KvantError
 
+from ..families import make_model
+
 SKIPPED = 4
 
 
@@ -115,6 +117,20 @@ def test_without_text_the_model_writes_its_own_and_always_the_same(kind: str) ->
     assert (one[1].k_absmax != other[1].k_absmax).any()
 
 
+def test_a_text_is_no_longer_than_the_model_takes() -> None:
+    """GPT-2 has learned positions: beyond the last there is nothing."""
+    model = make_model("gpt2")
+    assert own_text(model, 8 * 100, 0).shape == (8, 64)
+    made = calibrate(open_model(model), [i % 64 for i in ids(150)], tokens=150)[0]
+    assert made.tokens == 150 - 3 * SKIPPED
+
+
+def test_a_first_token_outside_of_the_vocabulary_is_not_taken() -> None:
+    model = make_model("glm4")
+    model.generation_config.eos_token_id = 151_329
+    assert own_text(model, 16, 0).max() < 64
+
+
 def test_own_text_begins_with_bos_and_is_no_loop() -> None:
     with torch.no_grad():
         text = own_text(tiny(), 160, seed=0)
@@ -122,6 +138,19 @@ def test_own_text_begins_with_bos_and_is_no_loop() -> None:
     assert (text[:, 0] == 3).all()
     assert len({tuple(row) for row in text.tolist()}) == 8
     assert len(text.unique()) > 20
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt-oss"])
+def test_the_recorder_attends_as_the_model_does(family: str) -> None:
+    """Softcap, window and learned sinks: later layers would see other keys without them."""
+    model = make_model(family)
+    tokens = torch.randint(0, 64, (2, 20), generator=torch.manual_seed(0))
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        expected = model.base_model(tokens).last_hidden_state
+        with recording(model):
+            found = model.base_model(tokens).last_hidden_state
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 def test_nothing_is_left_behind() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import kvant
@@ -16,6 +17,7 @@ from kvant.compiler.facts import smaller_from
 from kvant.compiler.shape import Shape, shape_model
 from kvant.ir.errors import KvantError
 from kvant.passes import PASSES, PassDef
+from kvant.runtime.verify import verify
 
 SHAPE = Shape(8, 2, 64, layers=3)
 INT4 = {"format": "int", "bits": 4, "axis": "token", "group": "head"}
@@ -47,7 +49,7 @@ REFUSALS: list[tuple[str, Any, Any, tuple[str, ...], str]] = [
         ("reference",),
         "there is no recipe 'kivi-9bit'\n"
         "  where: the recipe argument\n"
-        "  fix: did you mean: kivi-4bit, kivi-2bit? `kvant show recipes` lists all; "
+        "  fix: did you mean: kivi-4bit, kivi-2bit, split-2bit? `kvant show recipes` lists all; "
         "a path must end in .toml  [unknown-recipe]",
     ),
     (
@@ -130,7 +132,7 @@ REFUSALS: list[tuple[str, Any, Any, tuple[str, ...], str]] = [
         (),
         "no target is named\n"
         "  where: the targets argument\n"
-        "  fix: name at least one of: cpu, reference, cpu:x86-64-v3  [no-target]",
+        "  fix: name at least one, such as cpu; `kvant show targets` lists all  [no-target]",
     ),
     (
         "a head without a Hadamard matrix",
@@ -446,12 +448,62 @@ def test_layers_with_a_window_are_kept_unless_asked_for(captured: Any) -> None:
         {"softcap": -1.0},
         {"scale": float("nan")},
         {"dtype": "int8"},
+        {"sinks": [[0.0] * 2]},
+        {"sinks": [[0.0] * 8] * 2},
+        {"sinks": [[float("inf")] * 8]},
     ],
 )
 def test_shapes_that_are_none(change: dict[str, Any]) -> None:
     with pytest.raises(KvantError) as caught:
         Shape(**{"heads": 8, "kv_heads": 2, "head_dim": 64} | change)
     assert caught.value.code == "shape"
+
+
+def test_a_shape_with_sinks_has_one_more_in_each_sum(empty: Path) -> None:
+    """A sink of zero is exp(0) = 1 in the softmax's denominator."""
+    rng = np.random.default_rng(0)
+    k, v = (rng.normal(size=(2, 2, 70, 16)).astype(np.float32) for _ in range(2))
+    q = rng.normal(size=(2, 4, 3, 16)).astype(np.float32)
+    outs = {}
+    for sinks in (False, True):
+        shape, target = Shape(4, 2, 16, sinks=sinks), "cpu" if sinks else "reference"
+        art = kvant.compile(shape, "int8-token", target, out=empty / str(sinks))
+        assert verify(empty / str(sinks))["computed_share"] <= 1.0
+        cache = art.new_cache(batch=2, start=[0, 9])
+        cache.append(0, k, v)
+        outs[sinks] = cache.attend(0, q, return_lse=True)
+    (plain, lse), (out, with_sink) = outs[False], outs[True]
+    share = 1 / (1 + np.exp(-lse))
+    assert np.abs(with_sink - np.logaddexp(lse, 0)).max() < 1e-5
+    assert np.abs(out - plain * share[..., None]).max() < 1e-5
+    assert np.abs(out - plain).max() > 1e-3
+
+
+def test_the_sinks_of_a_shape_are_constants_of_its_layers(empty: Path) -> None:
+    rows = ((0.5, -1.0), (2.0, 3.0))
+    shape = Shape(2, 1, 16, layers=2, sinks=[list(row) for row in rows])
+    assert shape == Shape(2, 1, 16, layers=2, sinks=rows)
+    assert hash(shape) == hash(Shape(2, 1, 16, layers=2, sinks=rows))
+    art = kvant.compile(shape, "int8-token", "reference", out=empty / "a")
+    for own, row in zip(art.constants, rows, strict=True):
+        assert own["kvant.sinks"].tolist() == list(row)
+    x = np.ones((1, 1, 3, 16), np.float32)
+    found = []
+    for layer in (0, 1):
+        cache = art.new_cache()
+        for each in (0, 1):
+            cache.append(each, x, x)
+        found.append(cache.attend(layer, np.ones((1, 2, 1, 16), np.float32), True)[1][0, :, 0])
+    scores = np.full(3, 16**0.5)
+    for lse, row in zip(found, rows, strict=True):
+        want = [np.log(np.exp([*scores, sink]).sum()) for sink in row]
+        np.testing.assert_allclose(lse, want, rtol=1e-6)
+    with pytest.raises(KvantError) as caught:
+        Shape(8, 2, 64, sinks=[[1.0]])
+    assert str(caught.value) == (
+        "sinks is ((1.0,),)\n  where: Shape(sinks=...)\n"
+        "  fix: use 8 finite numbers for each of 1 layers, True or False  [shape]"
+    )
 
 
 def test_from_which_context_the_cache_is_smaller(empty: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kvant.compiler import recipe as recipes
-from kvant.ir.encodings import Bfp, Int, Tokens
+from kvant.ir.encodings import Bfp, Drop, Int, Slice, Slices, Tokens
 from kvant.ir.errors import KvantError
 from kvant.passes import PASSES
 
@@ -40,7 +40,9 @@ def test_every_recipe_of_ours_binds_to_heads_of_64_and_128(name: str) -> None:
 
 
 def test_the_names_of_the_contract() -> None:
-    expected = "int4-token int8-token kivi-2bit kivi-4bit ksort-bfp qserve-kv4 quarot-kv4"
+    expected = (
+        "int4-token int8-token kivi-2bit kivi-4bit ksort-bfp qserve-kv4 quarot-kv4 split-2bit"
+    )
     assert set(expected.split()) <= set(recipes.names())
     assert recipes.DEFAULT == "kivi-4bit"
 
@@ -82,6 +84,20 @@ def test_ksort_is_what_the_paper_says() -> None:
     assert recipes.tokens(recipe.k, 64, "t").rest == Bfp(4, 32)
 
 
+def test_split_keeps_the_outliers_of_keys_at_8_bits_and_the_rest_at_2() -> None:
+    recipe, _ = recipes.load("split-2bit")
+    assert [(r.name, r.options) for r in recipe.rewrite] == [
+        ("sort-k", {"key": "fisher"}),
+        ("hadamard-v", {}),
+    ]
+    for channels in (64, 128):
+        k, v = (recipes.tokens(s, channels, "t") for s in (recipe.k, recipe.v))
+        outliers, rest = Int(8, "channel", 64), Int(2, "channel", 64)
+        parts = ((16, Drop()), (channels - 32, rest), (16, outliers))
+        assert k == Tokens(Slices(tuple(Slice(*part) for part in parts)), sink=4)
+        assert v == Tokens(Int(2, "token", 64), sink=4, recent=16)
+
+
 def test_head_means_the_whole_head() -> None:
     recipe = recipes.parse(BASE, "mine.toml")
     assert recipes.tokens(recipe.k, 80, "t").rest == Int(4, "token", 80, "float")
@@ -95,7 +111,7 @@ def test_unknown_recipe_names_the_nearest() -> None:
     assert str(error) == (
         "there is no recipe 'kivi-3bit'\n"
         "  where: the recipe argument\n"
-        "  fix: did you mean: kivi-4bit, kivi-2bit? `kvant show recipes` lists all; "
+        "  fix: did you mean: kivi-4bit, kivi-2bit, split-2bit? `kvant show recipes` lists all; "
         "a path must end in .toml  [unknown-recipe]"
     )
 
@@ -186,7 +202,8 @@ def test_the_example_of_the_docs_does_what_its_heading_says() -> None:
 
 def test_the_docs_name_every_key_and_pass() -> None:
     text = DOCS.read_text()
-    tables = (recipes.Recipe, recipes.RawStream, recipes.IntStream, recipes.BfpStream, recipes.Rule)
+    tables = (recipes.Recipe, *recipes.SLICES.values(), recipes.IntStream, recipes.SlicesStream)
+    tables = (*tables, recipes.RawStream, recipes.BfpStream, recipes.Rule)
     for key in {key for table in tables for key in table.model_fields} - {"k", "v"}:
         assert re.search(rf"^\| `(\[\[)?{key}(\]\])?` ", text, re.MULTILINE), key
     for name in PASSES.keys() - recipes.ADDED_BY_KVANT:

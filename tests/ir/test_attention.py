@@ -11,7 +11,7 @@ from kvant.ir.attention import attend, round_queries
 from kvant.ir.errors import KvantError
 
 
-def by_loops(q, k, v, lengths, scale, causal, softcap, window):
+def by_loops(q, k, v, lengths, scale, causal, softcap, window, sinks):
     batch, q_heads, queries, _ = q.shape
     heads = k.shape[1]
     out = np.zeros((batch, q_heads, queries, v.shape[3]))
@@ -30,7 +30,8 @@ def by_loops(q, k, v, lengths, scale, causal, softcap, window):
                     scores.append(softcap * math.tanh(s / softcap) if softcap else s)
                     values.append(v[b, g, j])
                 if scores:
-                    total = math.fsum(math.exp(s) for s in scores)
+                    sink = [] if sinks is None else [sinks[h]]
+                    total = math.fsum(math.exp(s) for s in [*scores, *sink])
                     lse[b, h, i] = math.log(total)
                     out[b, h, i] = sum(
                         math.exp(s) / total * x for s, x in zip(scores, values, strict=True)
@@ -55,12 +56,15 @@ def random_case(seed, batch=2, q_heads=4, heads=2, queries=3, keys=7, width=5, v
     st.booleans(),
     st.sampled_from([None, 1.5, 30.0]),
     st.sampled_from([None, 1, 2, 5, 50]),
+    st.sampled_from([None, 0.0, 3.0]),
 )
 def test_attend_is_the_loop_over_queries_and_keys(
-    seed, head_counts, queries, lengths, causal, softcap, window
+    seed, head_counts, queries, lengths, causal, softcap, window, sink
 ):
     q, k, v = random_case(seed, len(lengths), *head_counts, queries)
+    sinks = None if sink is None else sink + np.random.default_rng(seed).normal(size=q.shape[1])
     options = {"scale": 0.7, "causal": causal, "softcap": softcap, "window": window}
+    options["sinks"] = sinks
     got = attend(q, k, v, lengths=np.array(lengths), **options)
     expected = by_loops(q, k, v, lengths, **options)
     for a, b in zip(got, expected, strict=True):
@@ -77,8 +81,9 @@ def test_query_head_h_reads_kv_head_h_over_g():
 
 def test_queries_before_the_first_token_give_zeros_and_minus_infinity():
     q, k, v = random_case(1)
-    for causal in (True, False):
-        out, lse = attend(q, k, v, lengths=np.array([0, 2]), scale=1.0, causal=causal)
+    for causal, sinks in ((True, None), (False, None), (True, np.ones(4))):
+        options = {"causal": causal, "sinks": sinks}
+        out, lse = attend(q, k, v, lengths=np.array([0, 2]), scale=1.0, **options)
         assert not out[0].any()
         assert np.isneginf(lse[0]).all()
         assert not out[1, :, 0].any()
@@ -105,6 +110,27 @@ def test_what_lies_past_the_length_changes_no_bit(poison):
         dirty = attend(q, k, v, lengths=lengths, scale=0.5, softcap=20.0)
     for a, b in zip(clean, dirty, strict=True):
         assert a.tobytes() == b.tobytes()
+
+
+def test_sinks_far_from_the_scores_do_not_overflow():
+    q, k, v = random_case(3)
+    with np.errstate(over="raise", invalid="raise"):
+        high = attend(q, k, v, lengths=np.array([7, 7]), scale=1.0, sinks=np.full(4, 1e4))
+        low = attend(q, k, v, lengths=np.array([7, 7]), scale=1.0, sinks=np.full(4, -1e4))
+    assert not high[0].any()
+    assert (high[1] == 1e4).all()
+    plain = attend(q, k, v, lengths=np.array([7, 7]), scale=1.0)
+    for a, b in zip(low, plain, strict=True):
+        assert np.array_equal(a, b)
+
+
+def test_sinks_of_another_number_of_heads_are_refused():
+    with pytest.raises(KvantError) as caught:
+        attend(*random_case(0), lengths=np.array([7, 7]), scale=1.0, sinks=np.zeros(2))
+    assert str(caught.value) == (
+        "sinks (2,) with 4 query heads\n  where: attend\n"
+        "  fix: pass one sink for each query head  [attend-shape]"
+    )
 
 
 def test_large_scores_do_not_overflow():

@@ -1,3 +1,5 @@
+import functools
+
 import numpy as np
 import pytest
 
@@ -79,13 +81,16 @@ def test_a_wrong_position_is_seen_by_rope(random_attention_graph):
     assert np.abs(evaluate(graph, other, params)[0][0] - want).max() > 1e-3
 
 
-def test_only_relative_positions_count_under_rope(random_attention_graph):
+@pytest.mark.usefixtures("lossless")
+@pytest.mark.parametrize(("style", "passed"), [("half", 0), ("adjacent", 0), ("adjacent", 2)])
+def test_only_relative_positions_count_under_rope(random_attention_graph, style, passed):
     rng = np.random.default_rng(11)
-    make = random_attention_graph
-    graph, near, params, _ = make(
-        rng, rope=True, tokens=4, position=0, head_dim=8, hidden=8, batch=1
+    options = {"rope": True, "tokens": 4, "head_dim": 8, "hidden": 8, "batch": 1}
+    make = functools.partial(
+        random_attention_graph, rng, **options, rope_style=style, passed=passed
     )
-    far = make(rng, rope=True, tokens=4, position=1_000_003, head_dim=8, hidden=8, batch=1)[1]
+    graph, near, params, _ = make(position=0)
+    far = make(position=1_000_003)[1]
     far["x"] = near["x"]
     assert np.abs(far["cos"] - near["cos"]).max() > 0.1
     want, got = evaluate(graph, near, params)[0][0], evaluate(graph, far, params)[0][0]
@@ -94,9 +99,10 @@ def test_only_relative_positions_count_under_rope(random_attention_graph):
 
 def test_every_variation_is_drawn(random_attention_graph):
     drawn = [random_attention_graph(np.random.default_rng(s))[3] for s in range(60)]
-    for name in ("bias", "qk_norm", "rope", "out_bias"):
+    for name in ("bias", "qk_norm", "rope", "out_bias", "sinks"):
         assert {d[name] for d in drawn} == {True, False}, name
     assert {d["group"] for d in drawn} == {1, 2, 3, 4}
+    assert {(d["rope_style"], d["passed"]) for d in drawn} >= {("half", 0), ("adjacent", 2)}
     for name in ("softcap", "window"):
         assert {d[name] is None for d in drawn} == {True, False}, name
     with pytest.raises(ValueError, match="no such variation"):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from kvant.ir import ops
+from kvant.ir import ops, rope
 from kvant.ir.encodings.affine import Int
 from kvant.ir.encodings.raw import Raw
 from kvant.ir.encodings.tokens import Tokens
@@ -66,12 +66,14 @@ EXAMPLES = {
     "merge_heads": ((draw(2, 3, 5, 4),), {}),
     "split_last": ((draw(2, 7),), {"sizes": (2, 1, 4)}),
     "rms_norm": ((draw(2, 3, 5, 4), draw(3, 4)), {"eps": 1e-6}),
-    "rope": ((draw(2, 3, 5, 4), draw(1, 5, 4), draw(1, 5, 4)), {}),
+    "rope": ((draw(2, 3, 5, 6), draw(1, 5, 4), draw(1, 5, 4)), {"style": "adjacent"}),
+    "spread": ((draw(2, 5, 4),), {"width": 6, "style": "adjacent"}),
+    "center": ((draw(2, 3, 5, 4),), {}),
     "hadamard": ((draw(2, 3, 5, 4),), {}),
     "gather": ((draw(1, 6, 5, 4), ORDER), {"repeat": 3}),
     "scale": ((draw(1, 6, 5, 4), SCALES), {"repeat": 3}),
     "cache_write": ((draw(1, 2, 5, 4),), {"role": "k", "store": STORE}),
-    "attend": ((draw(2, 6, 3, 4), draw(2, 2, 5, 4), draw(2, 2, 5, 7)), {"scale": 0.5}),
+    "attend": ((draw(2, 6, 3, 4), draw(2, 2, 5, 4), draw(2, 2, 5, 7), draw(6)), {"scale": 0.5}),
     "scale_rows": ((draw(24, 3), SCALES), {"heads": 6, "repeat": 3}),
     "gather_rows": ((draw(24), ORDER), {"heads": 6, "repeat": 3}),
     "hadamard_rows": ((draw(24, 3),), {"heads": 6}),
@@ -120,6 +122,54 @@ def test_rope_turns_the_pair_of_channel_and_channel_plus_half():
     angle = np.array([np.pi / 2, 0.0, np.pi / 2, 0.0]).reshape(1, 1, 4)
     got = run("rope", x, np.cos(angle), np.sin(angle))[0]
     np.testing.assert_allclose(got[0, 0, 0], [-3, 2, 1, 4], atol=1e-15)
+
+
+def test_rope_of_neighbours_turns_the_first_channels_and_leaves_the_rest():
+    x = np.arange(1.0, 7.0).reshape(1, 1, 1, 6)
+    angle = np.array([np.pi / 2, np.pi / 2, 0.0, 0.0]).reshape(1, 1, 4)
+    got = run("rope", x, np.cos(angle), np.sin(angle), style="adjacent")[0]
+    np.testing.assert_allclose(got[0, 0, 0], [-2, 1, 3, 4, 5, 6], atol=1e-15)
+
+
+def test_spread_gives_each_channel_the_entry_of_its_pair():
+    table = np.array([[[1.0, 2.0, 3.0, 9.0]]])
+    half, adjacent = (run("spread", table, width=6, style=s)[0] for s in ("half", "adjacent"))
+    np.testing.assert_array_equal(half[0, 0], [1, 2, 3, 1, 2, 3])
+    np.testing.assert_array_equal(adjacent[0, 0], [1, 1, 2, 2, 3, 3])
+
+
+@pytest.mark.parametrize("style", rope.STYLES)
+@pytest.mark.parametrize("rotated", [2, 6, 8])
+def test_the_partner_is_the_channel_that_a_turn_mixes_in(style, rotated):
+    """`partner` and `pair_of` against the rotation itself, one channel at a time."""
+    partner, pair = rope.partner(style, rotated, 8), rope.pair_of(style, rotated)
+    angle = np.full((1, 1, rotated), np.pi / 2)
+    for channel in range(8):
+        x = np.zeros((1, 1, 1, 8))
+        x[..., channel] = 1.0
+        turned = rope.turn(x, np.cos(angle), np.sin(angle), style)
+        assert np.flatnonzero(np.abs(turned) > 0.5).tolist() == [partner[channel]]
+        if channel < rotated:
+            assert pair[channel] == pair[partner[channel]]
+    assert np.bincount(pair).tolist() == [2] * (rotated // 2)
+
+
+def test_a_centered_norm_is_a_layer_norm():
+    x, w = draw(2, 3, 5, 4), draw(3, 4)
+    got = run("rms_norm", run("center", x)[0], w, eps=1e-5)[0]
+    scale = np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+    want = (x - x.mean(-1, keepdims=True)) / scale * w[:, None]
+    np.testing.assert_allclose(got, want, atol=1e-12)
+
+
+def test_a_sink_is_a_key_without_a_value():
+    q, k, v, sinks = draw(1, 4, 3, 4), draw(1, 2, 5, 4), draw(1, 2, 5, 7), draw(4)
+    got = run("attend", q, k, v, sinks, scale=0.5)[0]
+    scores = 0.5 * np.einsum("hqd,hkd->hqk", q[0], np.repeat(k[0], 2, 0))
+    scores[:, ~np.tri(3, 5, 2, dtype=bool)] = -np.inf
+    weights = np.exp(scores)
+    share = weights / (weights.sum(-1, keepdims=True) + np.exp(sinks)[:, None, None])
+    np.testing.assert_allclose(got[0], share @ np.repeat(v[0], 2, 0), atol=1e-12)
 
 
 def test_norm_weights_may_differ_by_head():
@@ -226,7 +276,15 @@ REFUSED = {
         "G*H is 3, not a multiple of 2",
     ),
     "values shorter": (("attend", (1, 2, 1, 4), (1, 2, 3, 4), (1, 2, 1, 4)), "N is 3 and 1"),
-    "turns of other width": (("rope", (1, 2, 3, 4), (1, 3, 2), (1, 3, 2)), "even is 4 and 2"),
+    "turns of other width": (("rope", (1, 2, 3, 4), (1, 3, 4), (1, 3, 2)), "even is 4 and 2"),
+    "turns wider than heads": (
+        ("rope", (1, 2, 3, 4), (1, 3, 6), (1, 3, 6)),
+        "6 is not even, or more than 4",
+    ),
+    "sinks of kv heads": (
+        ("attend", (1, 4, 1, 4), (1, 2, 1, 4), (1, 2, 1, 4), (2,)),
+        "G*H is 2, not 4",
+    ),
     "norm of another width": (("rms_norm", (2, 3), (4,)), "D is 3 and 4"),
 }
 

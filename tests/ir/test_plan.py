@@ -29,6 +29,7 @@ def graph_of(
     read_map=False,
     causal=True,
     repeat=3,
+    sinks=None,
 ):
     """One site with q, k, v as inputs: 6 query heads, 2 KV heads, 16 and 8 channels."""
     b = Builder("site")
@@ -55,7 +56,9 @@ def graph_of(
     k = b.emit("hadamard", k) if read_map else k
     v = b.emit("cache_write", heads("v", 2, 8), role="v", store=F32)
     v = b.emit("cache_read", v)
-    y = b.emit("attend", q, k, v, scale=0.25, causal=causal, softcap=30.0, window=99)
+    made = {None: (), "input": (b.input,), "param": (b.param,)}[sinks]
+    s = [make("sinks", TensorType("f32", (6,))) for make in made]
+    y = b.emit("attend", q, k, v, *s, scale=0.25, causal=causal, softcap=30.0, window=99)
     y = mapped(y, out_maps, 3, 8)
     return b.finish([b.emit("merge_heads", y)])
 
@@ -74,6 +77,11 @@ def test_the_plan_of_a_graph_without_maps():
         v=StreamPlan("v", 2, 8, (), F32, 64),
         out_maps=(),
     )
+
+
+def test_sinks_are_the_parameter_that_attend_reads():
+    assert plan_from_graph(graph_of(sinks="param")).sinks == "sinks"
+    assert plan_from_graph(graph_of()).sinks is None
 
 
 def test_maps_are_read_in_the_order_in_which_they_are_applied():
@@ -108,6 +116,7 @@ def test_pages_hold_whole_groups():
     [
         (graph_of(read_map=True), "hadamard between cache_read and attend, on k"),
         (graph_of(causal=False), "attention that is not causal"),
+        (graph_of(sinks="input"), "sinks made by input"),
     ],
 )
 def test_a_graph_that_the_runtime_cannot_serve_is_refused(graph, what):
@@ -177,6 +186,33 @@ def test_a_block_window_counts_what_is_left_of_it():
     assert {n: plan.bytes(n) for n in cases} == cases
 
 
+@pytest.mark.parametrize(
+    ("tokens", "window", "held"),
+    [
+        (F32, None, {0: 0, 10**6: 0}),
+        # A page goes when it is wholly older than the window of the next token by one page more.
+        (F32, 1, {127: 0, 128: 64, 191: 64, 192: 128}),
+        (F32, 65, {191: 0, 192: 64, 10**6: 10**6 - 128}),
+        (Tokens(Int(4, "token", 16), sink=5), 10, {5 + 136: 5, 5 + 137: 69}),
+        # What is not encoded yet is in no page.
+        (Tokens(Int(4, "token", 16), recent=300), 10, {300: 0, 363: 0, 364: 64}),
+    ],
+)
+def test_pages_are_held_from(tokens, window, held):
+    plan = stream(tokens)
+    assert {n: plan.held_from(n, window) for n in held} == held
+
+
+def test_a_ring_is_counted_as_long_as_it_is():
+    plan = stream(Tokens(Raw("bf16"), raw=Raw("bf16")))
+    page = 64 * 128 * 2 + 8
+    cases = {64: 1, 191: 3, 192: 2, 256: 2, 257: 3, 10**6: 2}
+    assert {n: plan.bytes(n, 65) // page for n in cases} == cases
+    whole = AttentionPlan(3, 0.1, None, 65, (), plan, StreamPlan("v", 1, 64, (), F32, 64), ())
+    assert whole.bytes(192) == plan.bytes(192, 65) + 2 * (64 * 64 * 4 + 8)
+    assert plan.bits_per_element(10**6, 65) == 8 * 2 * page / (10**6 * 128)
+
+
 def test_an_empty_cache_has_no_bits():
     assert stream(KIVI_K).bits_per_element(0) == 0.0
 
@@ -228,6 +264,7 @@ def test_json_gives_back_the_plan(k, v, q_maps, out_maps, scale, softcap):
         k=StreamPlan("k", 2, 8, *k, 64),
         v=StreamPlan("v", 2, 8, *v, 64),
         out_maps=out_maps,
+        sinks="sinks" if softcap else None,
     )
     text = json.dumps(plan.to_json())
     assert AttentionPlan.from_json(text) == plan
@@ -282,6 +319,8 @@ SPOILS = {
     "heads do not divide": lambda p: p.update(q_heads=7),
     "roles are swapped": lambda p: p.update(k=p["v"], v=p["k"]),
     "a window of nothing": lambda p: p.update(window=0),
+    "sinks without a name": lambda p: p.update(sinks=""),
+    "sinks are a number": lambda p: p.update(sinks=1.0),
     "another compute": lambda p: p.update(compute="int8"),
     "a map of another width": lambda p: p["k"]["maps"][0].update(size=8),
     "a page inside a group": lambda p: p["k"].update(page_tokens=48),

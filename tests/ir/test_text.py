@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from kvant.ir.encodings.affine import Int
 from kvant.ir.encodings.bfp import Bfp
 from kvant.ir.encodings.raw import Raw
+from kvant.ir.encodings.slices import Drop, Slice, Slices
 from kvant.ir.encodings.tokens import Tokens
 from kvant.ir.errors import KvantError
 from kvant.ir.graph import Graph, Op, Value
@@ -92,6 +93,9 @@ ATTRS = {
     "tokens(sink 0: f32, recent 32: f32, flush = block, rest: bfp(mantissa = 8, block = 16))": (
         Tokens(Bfp(8, 16), recent=32, flush="block")
     ),
+    "slices((slice(width = 16, format = drop()), slice(width = 16, format = raw(f16))))": Slices(
+        (Slice(16, Drop()), Slice(16, Raw("f16")))
+    ),
     "tokens(sink 0: f16, recent 0: f16, flush = group, rest: bf16)": Tokens(
         Raw("bf16"), raw=Raw("f16")
     ),
@@ -147,8 +151,8 @@ LINE_ERRORS = {
     "%y : f32[B, T] = add %x %x {} more": "expected end, found more",
     "%y : f32[B, T] = add %x end": "expected end, found end",
     "%y : f32[B, T] = add %x %x {a = hadamrd(64)}": (
-        "no attribute hadamrd(...); did you mean hadamard? known: bfp gather hadamard int raw scale"
-        " tokens"
+        "no attribute hadamrd(...); did you mean hadamard? known: bfp drop gather hadamard int raw"
+        " scale slice slices tokens"
     ),
     "%y : f32[B, T] = add %x %x {a = hadamard(63)}": (
         "a Hadamard transform of size 63 does not exist here"
@@ -213,7 +217,11 @@ INTS = st.builds(
     st.sampled_from(["f16", "bf16", "f32"]),
     st.floats(0.5, 1.0),
 )
-FORMATS = st.one_of(RAWS, INTS, st.just(Int(4, "token", 8, "none")), st.just(Bfp(4, 16)))
+PLAIN = st.one_of(RAWS, INTS, st.just(Int(4, "token", 8, "none")), st.just(Bfp(4, 16)))
+SLICES = st.lists(st.builds(Slice, st.integers(1, 64), PLAIN | st.just(Drop())), max_size=3).map(
+    lambda some: Slices((*some, Slice(16, Raw("f32"))))
+)
+FORMATS = st.one_of(PLAIN, SLICES)
 RECORDS = st.one_of(
     FORMATS,
     st.builds(Tokens, FORMATS, st.integers(0, 9), st.integers(0, 99), raw=RAWS),

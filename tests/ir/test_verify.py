@@ -62,10 +62,10 @@ def test_without_a_pass_the_fix_is_to_correct_the_lines():
 OP_MESSAGES = {
     "unknown operation": (
         "%y : f32[B, T, 8] = lineer %x %w",
-        "no operation lineer; did you mean linear? known: add attend cache_read cache_write gather"
-        " gather_cols gather_rows hadamard hadamard_cols hadamard_rows input linear merge_heads mul"
-        " param rms_norm rope scale scale_cols scale_rows slice_rows split_heads split_last"
-        " transpose_w",
+        "no operation lineer; did you mean linear? known: add attend cache_read cache_write center"
+        " gather gather_cols gather_rows hadamard hadamard_cols hadamard_rows input linear"
+        " merge_heads mul param rms_norm rope scale scale_cols scale_rows slice_rows split_heads"
+        " split_last spread transpose_w",
     ),
     "too few operands": (
         "%y : f32[B, T, 8] = linear %x",
@@ -94,7 +94,7 @@ OP_MESSAGES = {
     ),
     "another rope style": (
         "%y : f32[B, T, 8] = rope %x %x %x {style = interleaved}",
-        "the attribute style = 'interleaved' must be: rope style (half)",
+        "the attribute style = 'interleaved' must be: rope style (half, adjacent)",
     ),
     "a tensor where a cache is due": (
         "%y : f32[B, T, 8] = cache_read %x",
@@ -123,8 +123,9 @@ OP_MESSAGES = {
     ),
     "odd head width under rope": (
         "%y : f32[B, 2, T, 3] = rope %odd %turn %turn",
-        "rope takes B H T even, B T even, B T even or B H T even, 1 T even, 1 T even, got"
-        " f32[B, 2, T, 3], f32[B, T, 3], f32[B, T, 3]: 3 is not even",
+        "rope takes B H T D, B T even, B T even or B H T D, 1 T even, 1 T even, got"
+        " f32[B, 2, T, 3], f32[B, T, 3], f32[B, T, 3]: 3 is not even, or more than 3; or B is"
+        " not 1",
     ),
     "hadamard of six": (
         "%y : f32[B, T, 3] = hadamard %turn",

@@ -38,7 +38,8 @@ class Config:
     value_width: int = 8
     channels: int = 12
     bias: bool = True
-    norm: str = "none"  # "head": QK-norm per head, shared [D]; "flat": over all heads, [H*D]
+    # "head": QK-norm per head, shared [D]; "flat": over all heads, [H*D]; "layer": LayerNorm [H, D]
+    norm: str = "none"
     offset: float = 0.0
     rope: bool = True
     softcap: float | None = None
@@ -47,6 +48,9 @@ class Config:
     projected: bool = True  # False: q, k, v are the inputs
     value_norm: bool = False  # a norm over each head of v
     out_projected: bool = True  # False: the heads of the output are returned merged
+    style: str = "half"  # of RoPE
+    passed: int = 0  # channels that RoPE leaves as they are
+    sinks: bool = False  # a learned sink a query head
 
     @property
     def q_heads(self) -> int:
@@ -65,7 +69,7 @@ class Case:
 
 def random_config(seed: int) -> Config:
     rng = np.random.default_rng(seed)
-    norm = str(rng.choice(["none", "head", "flat"]))
+    norm = str(rng.choice(["none", "head", "flat", "layer"]))
     return Config(
         heads=int(rng.integers(1, 4)),
         group=int(rng.integers(1, 5)),
@@ -79,6 +83,9 @@ def random_config(seed: int) -> Config:
         softcap=[None, 5.0][rng.integers(2)],
         window=[None, 6][rng.integers(2)],
         fused=bool(rng.random() < 0.3),
+        style=str(rng.choice(["half", "adjacent"])),
+        passed=int(rng.choice([0, 0, 2])),
+        sinks=bool(rng.random() < 0.3),
     )
 
 
@@ -88,7 +95,7 @@ def build(c: Config) -> Graph:
     shapes = {"q": (c.q_heads, c.width), "k": (c.heads, c.width), "v": (c.heads, c.value_width)}
     if c.projected:
         x = b.input("x", TensorType("f32", ("B", "T", c.channels)))
-        table = TensorType("f32", (1, "T", c.width))
+        table = TensorType("f32", (1, "T", c.width - c.passed))
         tables = (b.input("cos", table), b.input("sin", table)) if c.rope else ()
         total, start, streams = sum(h * d for h, d in shapes.values()), 0, {}
         for role, (heads, width) in shapes.items():
@@ -115,11 +122,13 @@ def _attend(b: Builder, c: Config, streams: dict[str, Value]) -> Value:
             "cache_write", streams[role], basis=(), role=role, store=Tokens(rest=Raw("f32"))
         )
         read[role] = b.emit("cache_read", write)
+    sinks = [b.param("sinks", TensorType("f32", (c.q_heads,)))] if c.sinks else []
     out = b.emit(
         "attend",
         streams["q"],
         read["k"],
         read["v"],
+        *sinks,
         causal=True,
         scale=c.width**-0.5,
         softcap=c.softcap,
@@ -148,12 +157,13 @@ def _stream(
     bias = (b.param(f"{role}_proj.bias", TensorType("f32", (rows,))),) if c.bias else ()
     y = b.emit("linear", x, w, *bias)
     normed = c.norm if role != "v" else "head" if c.value_norm else "none"
-    size = width if normed == "head" else rows
-    gamma = TensorType("f32", (size,))
+    shapes = {"head": (width,), "layer": (heads, width)}
+    gamma = TensorType("f32", shapes.get(normed, (rows,)))
     if normed == "flat":
         y = b.emit("rms_norm", y, b.param(f"{role}_norm.weight", gamma), eps=1e-6)
     y = b.emit("split_heads", y, heads=heads)
-    if normed == "head":
+    y = b.emit("center", y) if normed == "layer" else y
+    if normed in ("head", "layer"):
         y = b.emit(
             "rms_norm",
             y,
@@ -161,7 +171,7 @@ def _stream(
             eps=1e-6,
             offset=c.offset * (role != "v"),
         )
-    return b.emit("rope", y, *tables) if tables and role != "v" else y
+    return b.emit("rope", y, *tables, style=c.style) if tables and role != "v" else y
 
 
 def draw(config: Config, seed: int, batch: int = 2) -> Case:
@@ -184,16 +194,17 @@ def draw(config: Config, seed: int, batch: int = 2) -> Case:
             sizes = [known.get(str(d), d) for d in declared.shape]
             made[name] = rng.normal(size=[int(str(size)) for size in sizes])
         if "cos" in made:
-            made["cos"], made["sin"] = rope_tables(positions[part], config.width)
+            made["cos"], made["sin"] = rope_tables(positions[part], config)
         steps.append(made)
     return Case(config, graph, params, tuple(steps))
 
 
-def rope_tables(positions: Array, width: int) -> tuple[Array, Array]:
-    """Return cos and sin, [1, T, D], of half-split RoPE."""
-    frequency = 10000.0 ** (-np.arange(width // 2) / (width // 2))
-    angle = np.tile(positions[:, None] * frequency, 2)[None]
-    return np.cos(angle), np.sin(angle)
+def rope_tables(positions: Array, c: Config) -> tuple[Array, Array]:
+    """Return cos and sin by channel, [1, T, R]."""
+    pairs = (c.width - c.passed) // 2
+    angle = positions[:, None] * 10000.0 ** (-np.arange(pairs) / pairs)
+    angle = np.tile(angle, 2) if c.style == "half" else np.repeat(angle, 2, axis=-1)
+    return np.cos(angle)[None], np.sin(angle)[None]
 
 
 def run(case: Case, graph: Graph, params: Mapping[str, Array]) -> tuple[Array, dict[str, Array]]:
@@ -211,10 +222,23 @@ def stats_of(case: Case) -> LayerStats:
     _, state = run(case, case.graph, case.params)
     absmax = {role: np.abs(x).max(axis=(0, 2)) for role, x in state.items()}
     moment = {role: (x**2).mean(axis=(0, 2)) for role, x in state.items()}
-    none = np.zeros((case.config.q_heads, case.config.width))
+    q = queries_of(case, case.graph, case.params)
     return LayerStats(
-        absmax["k"], moment["k"], none, none, absmax["v"], moment["v"], tokens=PROMPT + NEW
+        absmax["k"],
+        moment["k"],
+        np.abs(q).max(axis=(0, 2)),
+        (q**2).mean(axis=(0, 2)),
+        absmax["v"],
+        moment["v"],
+        tokens=PROMPT + NEW,
     )
+
+
+def queries_of(case: Case, graph: Graph, params: Mapping[str, Array]) -> Array:
+    """Return the queries as they meet the keys, [B, Hq, T, D]."""
+    (attend,) = graph.find("attend")
+    only = dead_code(Graph(graph.name, graph.ops, attend.args[:1]))
+    return run(case, only, params)[0]
 
 
 def relative(a: Array, b: Array) -> float:
@@ -267,6 +291,7 @@ class Kit:
     draw = staticmethod(draw)
     run = staticmethod(run)
     stats_of = staticmethod(stats_of)
+    queries_of = staticmethod(queries_of)
     relative = staticmethod(relative)
     apply_passes = staticmethod(apply_passes)
     fold_weights = staticmethod(fold_weights)

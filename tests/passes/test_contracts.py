@@ -15,8 +15,8 @@ TOLERANCE = 1e-9
 EXACT = [name for name, definition in PASSES.items() if definition.exact]
 OPTIONS = {
     "smooth-k": [{}, {"alpha": 1.0}],
-    "sort-k": [{}, {"key": "rms"}],
-    "sort-v": [{}, {"key": "rms"}],
+    "sort-k": [{}, {"key": "rms"}, {"key": "range"}, {"key": "fisher"}],
+    "sort-v": [{}, {"key": "rms"}, {"key": "range"}, {"key": "fisher"}],
 }
 RECIPES = [
     ("smooth-k", "sort-k", "hadamard-v", "dead-code"),
@@ -45,6 +45,10 @@ AWKWARD = [
     {"heads": 1, "group": 1, "norm": "flat"},
     {"heads": 3, "group": 4, "norm": "head", "offset": 1.0, "window": 3, "softcap": 2.0},
     {"fused": True, "bias": True},
+    {"style": "adjacent", "passed": 8, "norm": "layer", "bias": False},
+    {"style": "adjacent", "passed": 4, "sinks": True, "softcap": 4.0},
+    {"style": "half", "passed": 6, "norm": "flat", "window": 2, "sinks": True},
+    {"rope": False, "norm": "layer", "group": 3},
 ]
 AWKWARD_VALUES = [
     {"value_norm": True},
@@ -86,6 +90,7 @@ def test_exact_pass_changes_nothing_that_can_be_seen(kit, name):
         ("hadamard-qk", {}),
         ("smooth-k", {}),
         ("sort-k", {"key": "rms"}),
+        ("sort-k", {"key": "fisher"}),
         ("dead-code", {}),
     ],
 )

@@ -10,6 +10,7 @@ from kvant.ir.errors import KvantError
 from kvant.ir.graph import Graph
 from kvant.ir.maps import Gather, Hadamard
 from kvant.ir.rewrite import rewrite
+from kvant.ir.rope import partner
 from kvant.ir.types import TensorType
 from kvant.ir.verify import verify
 from kvant.passes import PASSES
@@ -64,15 +65,45 @@ def test_unpaired_smoothing(kit):
     assert "differs inside a RoPE pair does not commute with RoPE" in refusal.value.what
 
 
-def test_smoothing_of_adjacent_pairs(kit):
-    """Pairs (2i, 2i + 1) are another model's: exact at position 0 only."""
-    case = kit.draw(kit.Config(), 3)
+@pytest.mark.parametrize(
+    ("config", "wrong"),
+    [
+        ({}, ("adjacent", 16)),
+        ({"style": "adjacent"}, ("half", 16)),
+        ({"passed": 8}, ("half", 16)),
+        ({"passed": 8}, ("adjacent", 8)),
+        ({"style": "adjacent", "passed": 8}, ("half", 8)),
+        ({"style": "adjacent", "passed": 8, "norm": "layer"}, ("half", 16)),
+    ],
+)
+def test_smoothing_of_another_models_pairs(kit, config, wrong):
+    """Pairs of another style, or of more channels than RoPE turns: exact at position 0 only."""
+    case = kit.draw(kit.Config(**config), 3)
     graph, params = kit.apply_passes(case, ["smooth-k"])
-    size = np.abs(kit.stats_of(case).k_absmax).reshape(2, -1, 2).max(-1)
-    wrong = params | {"kvant.k_smooth": np.sqrt(np.repeat(size, 2, axis=-1))}
-    assert _error(kit, case, graph, wrong) > CAUGHT
+    assert _error(kit, case, graph, params) < TOLERANCE
+    size = np.abs(kit.stats_of(case).k_absmax)
+    tied = np.sqrt(np.maximum(size, size[:, partner(*wrong, 16)]))
+    untrue = params | {"kvant.k_smooth": tied}
+    assert _error(kit, case, graph, untrue) > CAUGHT
     with pytest.raises(KvantError, match="RoPE pair"):
-        PASSES["smooth-k"].check_constants(graph, wrong)
+        PASSES["smooth-k"].check_constants(graph, untrue)
+
+
+def test_channels_that_pass_through_need_no_partner(kit):
+    case = kit.draw(kit.Config(style="adjacent", passed=8), 3)
+    graph, params = kit.apply_passes(case, ["smooth-k"])
+    free = params["kvant.k_smooth"].copy()
+    free[:, 8:] *= np.arange(1.0, 9.0)
+    moved = params | {"kvant.k_smooth": free}
+    PASSES["smooth-k"].check_constants(graph, moved)
+    assert _error(kit, case, graph, moved) < TOLERANCE
+
+
+def test_rotation_folded_before_a_centered_norm(kit):
+    case = kit.draw(kit.Config(norm="layer", rope=False), 11)
+    wrong = _fold_rows(case.graph, "hadamard_rows", Hadamard(16))
+    assert _error(kit, case, wrong, case.params) > CAUGHT
+    assert _is_refused(wrong, "a rotation does not commute with center")
 
 
 @pytest.mark.parametrize(("name", "constant"), [("smooth-k", "k_smooth"), ("sort-k", "k_order")])

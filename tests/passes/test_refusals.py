@@ -143,7 +143,10 @@ def test_an_encoding_that_quantizes_something(tokens, limit):
 def test_store_and_windows(kit):
     graph = kit.build(kit.Config(window=32))
     run = PASSES["store"].run
-    assert run(graph, k=TOKENS, v=TOKENS) is graph
+    assert run(graph, k=TOKENS, v=TOKENS) is graph  # it is in f32 already
+    ring = run(graph, k=TOKENS, v=TOKENS, dtype="bf16")
+    stores = [op.attr("store") for op in ring.ops if op.name == "cache_write"]
+    assert stores == [Tokens(rest=Raw("bf16"), raw=Raw("bf16"))] * 2
     assert run(graph, k=TOKENS, v=TOKENS, window="quantize") != graph
     wide = Tokens(rest=INT4, recent=32)
     assert run(graph, k=wide, v=TOKENS) is graph

@@ -23,18 +23,18 @@ from kvant.runtime.machine import this_machine
 from kvant.runtime.strict_json import canonical
 
 HEADS, CHANNELS, LAYERS = 2, 16, 3
-ORDER, SMOOTH = "kvant.k_order", "kvant.k_smooth"
+ORDER, SMOOTH, SINKS = "kvant.k_order", "kvant.k_smooth", "sinks"
 
 
-def plan(bits: int = 4, recent: int = 0) -> AttentionPlan:
+def plan(bits: int = 4, recent: int = 0, sinks: str | None = None) -> AttentionPlan:
     maps = (Gather(ORDER), Scale(SMOOTH))
     k = StreamPlan("k", HEADS, CHANNELS, maps, Tokens(Int(bits, "token", 16), recent=recent), 64)
     v = StreamPlan("v", HEADS, CHANNELS, (), Tokens(Int(bits, "token", 8), sink=2), 64)
     q_maps = (Gather(ORDER), Scale(SMOOTH, inverse=True))
-    return AttentionPlan(4, 0.25, None, None, q_maps, k, v, ())
+    return AttentionPlan(4, 0.25, None, None, q_maps, k, v, (), sinks=sinks)
 
 
-PLANS = (plan(), plan(bits=8, recent=3))
+PLANS = (plan(), plan(bits=8, recent=3, sinks=SINKS))
 INTEGER_PLANS = tuple(replace(one, compute="int") for one in PLANS)
 
 
@@ -89,6 +89,7 @@ def constants() -> dict[int, dict[str, np.ndarray]]:
         layer: {
             ORDER: np.stack([rng.permutation(CHANNELS) for _ in range(HEADS)]),
             SMOOTH: rng.uniform(0.5, 2.0, (HEADS, CHANNELS)),
+            SINKS: rng.normal(size=4),
         }
         for layer in range(LAYERS)
     }

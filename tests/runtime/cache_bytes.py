@@ -25,18 +25,24 @@ def stored_bytes(cache: Cache) -> list[bytes]:
     for stream in (s for layer in cache.layers for s in layer.streams):
         for row, length in enumerate(stream.length.tolist()):
             encoded = int(stream.encoded[row])
-            for i in range(0, encoded - stream.sinks, stream.layout.tokens):
-                page = stream.pages[stream.table[row, i // stream.layout.tokens]]
+            begin = int(stream.held[row]) - stream.sinks
+            for i in range(begin, encoded - stream.sinks, stream.layout.tokens):
+                pages = stream.memory.fetch(stream.pages)
+                page = pages[stream.table[row, i // stream.layout.tokens]]
                 tokens = min(stream.layout.tokens, encoded - stream.sinks - i)
                 found.append(page[live_bytes(stream, tokens)].tobytes())
             slot = encoded - int(stream.tail_first[row])
-            found.append(stream.sink[row, :, :length].tobytes())
-            found.append(stream.tail[row, :, slot : slot + max(0, length - encoded)].tobytes())
+            sink, tail = stream.memory.fetch(stream.sink), stream.memory.fetch(stream.tail)
+            found.append(sink[row, :, :length].tobytes())
+            found.append(tail[row, :, slot : slot + max(0, length - encoded)].tobytes())
     return found
 
 
 def poison(cache: Cache, byte: int) -> None:
-    """Fill every byte that means nothing: free pages, ends of pages, of tails and of sinks."""
+    """Fill every byte that means nothing: free pages, ends of pages, of tails and of sinks.
+
+    The arrays are in the memory of the host: what `fetch` gives shares it, tensor or not.
+    """
     used: dict[int, set[int]] = {size: set() for size in cache.pools}
     for stream in (s for layer in cache.layers for s in layer.streams):
         used[stream.layout.page_bytes] |= {int(p) for p in stream.table[stream.table >= 0]}
@@ -44,15 +50,16 @@ def poison(cache: Cache, byte: int) -> None:
             encoded = int(stream.encoded[row])
             whole, rest = divmod(encoded - stream.sinks, stream.layout.tokens)
             if rest:
-                stream.pages[stream.table[row, whole], ~live_bytes(stream, rest)] = byte
+                pages = stream.memory.fetch(stream.pages)
+                pages[stream.table[row, whole], ~live_bytes(stream, rest)] = byte
             slot = encoded - int(stream.tail_first[row])
             stop = slot + max(0, length - encoded)
             for dead in (
-                stream.sink[row, :, length:],
-                stream.tail[row, :, :slot],
-                stream.tail[row, :, stop:],
+                stream.memory.fetch(stream.sink)[row, :, length:],
+                stream.memory.fetch(stream.tail)[row, :, :slot],
+                stream.memory.fetch(stream.tail)[row, :, stop:],
             ):
                 dead[...] = np.frombuffer(bytes([byte] * 4), np.float32)[0]
     for size, pool in cache.pools.items():
-        free = [i for i in range(pool.capacity) if i not in used[size]]
-        pool.pages[free] = byte
+        free = [i for i in range(len(pool.pages)) if i not in used[size]]
+        cache.memory.fetch(pool.pages)[free] = byte

@@ -1,4 +1,7 @@
-"""The oracle of the cache: it keeps every token and knows nothing of pages, tails and slots."""
+"""The oracle of the cache: it keeps every token and knows nothing of pages, tails and slots.
+
+With a window it also counts which tokens may be gone, page by page, and so which calls are refused.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -17,14 +20,20 @@ Constants = Mapping[str, Array]
 class OracleStream:
     """Full history of one role of one row."""
 
-    def __init__(self, plan: StreamPlan, constants: Constants) -> None:
-        self.plan, self.constants = plan, constants
+    def __init__(self, plan: StreamPlan, constants: Constants, window: int | None) -> None:
+        self.plan, self.constants, self.window = plan, constants, window
         self.x = np.zeros((plan.heads, 0, plan.channels), np.float32)
-        self.end = plan.tokens.sink
+        self.end = self.gone = plan.tokens.sink
 
     def settle(self, reserve: int) -> None:
-        due = self.plan.tokens.encoded_end(max(0, self.x.shape[1] - reserve))
+        length, page = max(0, self.x.shape[1] - reserve), self.plan.page_tokens
+        due = self.plan.tokens.encoded_end(length)
         self.end = max(self.end, due)
+        if self.window is not None:
+            # Position `length` sees `window` tokens with itself; one page older is kept too.
+            unseen = length - self.window + 1 - page
+            while self.gone + page <= min(due, unseen):
+                self.gone += page
 
     def append(self, x: Array) -> None:
         new = apply(self.plan.maps, x, self.constants)
@@ -38,13 +47,20 @@ class OracleStream:
         y[:, :end] = encoded.simulate(y[:, :end])
         return y
 
+    def has_window_of(self, position: int) -> bool:
+        first = 0 if self.window is None else position - self.window + 1
+        return self.gone == self.plan.tokens.sink or first >= self.gone
+
     def can_cut(self, n: int) -> bool:
         sink, group = self.plan.tokens.sink, self.plan.tokens.rest.group_tokens
+        if n > sink and not self.has_window_of(n):
+            return False
         return n >= self.end or n <= sink or (n - sink) % group == 0
 
     def cut(self, n: int) -> None:
         self.x = self.x[:, :n]
         self.end = max(self.plan.tokens.sink, min(self.end, n))
+        self.gone = min(self.gone, self.end)
 
 
 class Oracle:
@@ -57,8 +73,8 @@ class Oracle:
         self.start = start or (0,) * batch
         self.reserve = 0
         self.valid: list[Array] = []
-        self.k = [OracleStream(plan.k, constants) for _ in range(batch)]
-        self.v = [OracleStream(plan.v, constants) for _ in range(batch)]
+        self.k = [OracleStream(plan.k, constants, plan.window) for _ in range(batch)]
+        self.v = [OracleStream(plan.v, constants, plan.window) for _ in range(batch)]
 
     def flush(self) -> None:
         for stream in self.k + self.v:
@@ -84,6 +100,15 @@ class Oracle:
             for row in range(self.batch)
             for stream in (self.k[row], self.v[row])
         )
+
+    def can_attend(self, tokens: int) -> bool:
+        """Whether no query of the last columns sees what is gone."""
+        for row in range(self.batch):
+            first = self.length(row, len(self.valid) - tokens)
+            if first < self.length(row, len(self.valid)):
+                if not (self.k[row].has_window_of(first) and self.v[row].has_window_of(first)):
+                    return False
+        return True
 
     def cut(self, n: int) -> None:
         for row in range(self.batch):
@@ -121,6 +146,7 @@ class Oracle:
             args = (x[row][None, :, mask], k[None], v[None])
             plan, n = self.plan, np.array([k.shape[1]])
             options = {"softcap": plan.softcap, "window": plan.window, "dtype": dtype}
+            options["sinks"] = None if plan.sinks is None else self.constants[plan.sinks]
             o, e = attend(*args, lengths=n, scale=plan.scale, **options)
             o = apply(plan.out_maps, o, self.constants, plan.group)
             out[row][:, mask], lse[row][:, mask] = o[0], e[0]
@@ -128,6 +154,6 @@ class Oracle:
 
 
 def _copy(stream: OracleStream) -> OracleStream:
-    new = OracleStream(stream.plan, stream.constants)
-    new.x, new.end = stream.x, stream.end
+    new = OracleStream(stream.plan, stream.constants, stream.window)
+    new.x, new.end, new.gone = stream.x, stream.end, stream.gone
     return new

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from kvant.ir.encodings import Bfp, Int, Raw, Tokens
+from kvant.ir.encodings import Bfp, Drop, Format, Int, Plain, Raw, Slice, Slices, Tokens
 from kvant.ir.layouts import page_tokens
 from kvant.ir.maps import Gather, Hadamard, Map, Scale
 from kvant.ir.plan import AttentionPlan, StreamPlan
@@ -14,14 +14,27 @@ from .cache_oracle import Constants
 from .cache_runner import Case, Step
 
 
-def random_format(rng: Any, channels: int) -> Raw | Int | Bfp:
+def random_format(rng: Any, channels: int) -> Format:
+    if rng.random() < 0.8:
+        return random_plain(rng, channels)
+    cuts = np.flatnonzero(rng.random(channels // 16 - 1) < 0.5) + 1
+    widths = 16 * np.diff([0, *cuts, channels // 16])
+    slices = [Slice(int(width), random_plain(rng, int(width))) for width in widths]
+    if len(slices) > 1 and rng.random() < 0.4:
+        place = int(rng.integers(len(slices)))
+        slices[place] = Slice(slices[place].width, Drop())
+    return Slices(tuple(slices))
+
+
+def random_plain(rng: Any, channels: int) -> Plain:
+    """A format for a whole head, or for one slice of 16 channels or more."""
     kind = rng.choice(["raw", "int", "int", "int", "int", "bfp"])
     if kind == "raw":
         return Raw(str(rng.choice(["f32", "bf16", "f16"])))  # type: ignore[arg-type]
     if kind == "bfp":
-        return Bfp(int(rng.choice([4, 8])), int(rng.choice([16, 32])))
+        return Bfp(int(rng.choice([4, 8])), int(np.gcd(channels, rng.choice([16, 32]))))
     axis = str(rng.choice(["token", "channel"]))
-    groups = [16, 32, channels] if axis == "token" else [16, 32, 64, 128]
+    groups = [16, int(np.gcd(channels, 32)), channels] if axis == "token" else [16, 32, 64, 128]
     return Int(
         bits=int(rng.choice([2, 3, 4, 8])),
         axis=axis,  # type: ignore[arg-type]
@@ -51,6 +64,7 @@ def random_plan(rng: Any) -> tuple[AttentionPlan, Constants]:
     constants = {
         "order": np.stack([rng.permutation(d) for _ in range(heads)]),
         "values": rng.uniform(0.5, 2.0, (heads, d)).astype(np.float32),
+        "sinks": rng.normal(size=heads * group).astype(np.float32),
     }
     v_maps: tuple[Map, ...] = (Hadamard(dv),) if rng.random() < 0.2 else ()
     rest = k_tokens.rest
@@ -59,12 +73,13 @@ def random_plan(rng: Any) -> tuple[AttentionPlan, Constants]:
         q_heads=heads * group,
         scale=float(d**-0.5),
         softcap=20.0 if rng.random() < 0.2 else None,
-        window=int(rng.choice([1, 7, 100])) if rng.random() < 0.2 else None,
+        window=int(rng.choice([1, 7, 64, 100])) if rng.random() < 0.3 else None,
         q_maps=tuple(replace(m, inverse=True) if isinstance(m, Scale) else m for m in k_maps),
         k=StreamPlan("k", heads, d, k_maps, k_tokens, page_tokens(rest)),
         v=StreamPlan("v", heads, dv, v_maps, v_tokens, page_tokens(v_tokens.rest)),
         out_maps=v_maps,
         compute="int" if is_int and rng.random() < 0.5 else "float",
+        sinks="sinks" if rng.random() < 0.2 else None,
     )
     return plan, constants
 

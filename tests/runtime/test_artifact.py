@@ -71,7 +71,7 @@ def test_artifact_gives_what_was_written(made: Made) -> None:
     assert art.plans == (PLANS[0], PLANS[1], PLANS[0])
     assert [entry.plan for entry in art.layers] == ["p0", "p1", "p0"]
     assert art.layers[2].prefix == "model.layers.2.self_attn."
-    assert sorted(art.constants[1]) == ["kvant.k_order", "kvant.k_smooth"]
+    assert sorted(art.constants[1]) == ["kvant.k_order", "kvant.k_smooth", "sinks"]
     assert art.tensors["layers.1.kvant.k_order"] is art.constants[1]["kvant.k_order"]
     assert art.weight_edits[1]["ops"][0]["op"] == "hadamard_rows"
     assert made.loaded[:2] == ["p0/kernels.py", "p0/kernels.so"]

@@ -404,7 +404,7 @@ NO_TARGET_FIX = (
             {"packages": {"numpy": "1.2.3"}},
             f"it was built for numpy 1.2.3; installed is {np.__version__}",
         ),
-        ({"kind": "cuda"}, "this version of the runtime does not run targets of kind 'cuda'"),
+        ({"kind": "hip"}, "this version of the runtime does not run targets of kind 'hip'"),
     ],
 )
 def test_for_another_machine(made: Made, facts: dict[str, Any], reason: str) -> None:

@@ -13,7 +13,7 @@ from safetensors.numpy import save as save_arrays
 from kvant.runtime import load
 from kvant.runtime.strict_json import canonical
 
-from .artifact_maker import ORDER, SMOOTH, Made, expect, make, refusal, reseal
+from .artifact_maker import ORDER, SINKS, SMOOTH, Made, expect, make, refusal, reseal
 
 CONSTANTS_FIX = "compile the artifact again; if the constants are your own, correct them"
 
@@ -62,6 +62,9 @@ def test_constant_not_finite(made: Made) -> None:
         (SMOOTH, lambda a: a * np.inf, "holds NaN or infinity"),
         (SMOOTH, lambda a: a.astype(np.int64) + 1, "holds a scale that is not above zero"),
         (SMOOTH, lambda a: a.reshape(-1), "has shape [32], expected [2, 16]"),
+        (SINKS, lambda a: a[:2], "has shape [2], expected [4]"),
+        (SINKS, lambda a: a.astype(np.int64), "holds a sink that is not a float"),
+        (SINKS, lambda a: None, "is missing"),
         (
             SMOOTH,
             lambda a: a.astype(np.float16),

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvant.ir.encodings import Bfp, Int, Raw, Tokens
+from kvant.ir.encodings import Bfp, Drop, Int, Raw, Slice, Slices, Tokens
 from kvant.ir.errors import KvantError
 from kvant.ir.layouts import page_tokens
 from kvant.ir.maps import Hadamard
@@ -38,6 +38,16 @@ ENCODINGS = {
     "int4-many-sinks": Tokens(Int(4, "token", 32), sink=100),
     "bfp8": Tokens(Bfp(8, 32)),
     "bfp4-sink-recent": Tokens(Bfp(4, 16), sink=3, recent=10),
+    "slices-2-and-8": Tokens(
+        Slices((Slice(16, Int(2, "channel", 32)), Slice(16, Int(8, "token", 16)))),
+        sink=4,
+        recent=64,
+        flush="block",
+    ),
+    "slices-dropped": Tokens(
+        Slices((Slice(16, Drop()), Slice(16, Int(3, "channel", 48)))), recent=9
+    ),
+    "slices-raw-and-bfp": Tokens(Slices((Slice(16, Raw("bf16")), Slice(16, Bfp(4, 8)))), sink=1),
 }
 
 

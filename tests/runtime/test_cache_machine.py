@@ -1,11 +1,14 @@
 """Hypothesis drives cache and oracle through any order of calls."""
 
+from dataclasses import replace
+
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
-from kvant.ir.encodings import Bfp, Int, Tokens
+from kvant.ir.encodings import Bfp, Int, Raw, Tokens
 from kvant.ir.plan import AttentionPlan, StreamPlan
 from kvant.runtime.cache import Cache
 from kvant.runtime.launch_reference import Kernels
@@ -30,12 +33,13 @@ PLAN = AttentionPlan(
 class CacheMachine(RuleBasedStateMachine):
     """Two rows, small pages; `run_step` compares after every call."""
 
+    plan = PLAN
     cache: Cache
     oracles: list[Oracle]
 
     @initialize(start=st.none() | st.tuples(st.integers(0, 9), st.integers(0, 9)))
     def begin(self, start: tuple[int, int] | None) -> None:
-        case = Case(PLAN, {}, 2, start, (), seed=0, max_tokens=120)
+        case = Case(self.plan, {}, 2, start, (), seed=0, max_tokens=120)
         self.cache, self.oracles = new_pair(Kernels, case)
         self.rng = np.random.default_rng(0)
 
@@ -70,9 +74,19 @@ class CacheMachine(RuleBasedStateMachine):
         self.run("reorder", index)
 
 
-def test_any_order_of_calls() -> None:
+RING = Tokens(Raw("bf16"), raw=Raw("bf16"))
+RINGS = replace(PLAN, k=StreamPlan("k", 1, 16, (), RING, 8), v=StreamPlan("v", 1, 16, (), RING, 4))
+
+
+# Windows smaller than a page, equal to one, larger; quantized, and rings as they are by default.
+@pytest.mark.parametrize("window", [None, 3, 16, 37])
+@pytest.mark.parametrize("stored", [PLAN, RINGS], ids=["quantized", "ring"])
+def test_any_order_of_calls(stored: AttentionPlan, window: int | None) -> None:
+    class Machine(CacheMachine):
+        plan = replace(stored, window=window)
+
     run_state_machine_as_test(
-        CacheMachine,
+        Machine,
         settings=settings(
             max_examples=25,
             stateful_step_count=25,

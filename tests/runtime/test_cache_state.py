@@ -228,6 +228,9 @@ def test_what_is_damaged_is_named(tmp_path: Path) -> None:
         lambda h: h["layers"][0]["encoded"][1].__setitem__(0, 1),
         lambda h: h["layers"][0]["encoded"].pop(),
         lambda h: h["layers"][0].update(encoded=None),
+        lambda h: h["layers"][0]["held"][0].__setitem__(0, 68),
+        lambda h: h["layers"][0]["held"].pop(),
+        lambda h: h["layers"][0].pop("held"),
     ],
 )
 def test_headers_that_lie_are_refused(tmp_path: Path, edit: Callable[[Any], object]) -> None:
@@ -255,7 +258,7 @@ def test_foreign_states_are_refused(tmp_path: Path) -> None:
     other = AttentionPlan(4, 0.2, None, 9, (), PLAN.k, PLAN.v, ())
     refused("state-other-artifact", lambda: restore(Source(plans=(PLAN, other)), path))
     newer = bytearray(path.read_bytes())
-    newer[8] = 2
+    newer[8] = 3
     path.write_bytes(bytes(newer))
     refused("state-version", lambda: restore(Source(), path))
     refused("state-missing", lambda: restore(Source(), tmp_path / "none"))

@@ -1,19 +1,23 @@
 """Which target is chosen on which machine, and what is said of the others."""
 
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from kvant.ir.errors import KvantError
-from kvant.runtime.machine import Machine, this_machine, why_not
+from kvant.runtime.machine import Machine, this_gpu, this_machine, why_not
 from kvant.runtime.target import choose_target
 
 V3 = ("avx2", "fma")
 V4 = (*V3, "avx512f")
-LAPTOP = Machine("Linux", "x86_64", frozenset(V3), (2, 31))
-SERVER = Machine("Linux", "x86_64", frozenset(V4), (2, 36))
-PHONE = Machine("Linux", "aarch64", frozenset({"neon"}), None)
+NO_GPU = "no NVIDIA GPU was found: no driver"
+LAPTOP = Machine("Linux", "x86_64", frozenset(V3), (2, 31), lambda: (None, NO_GPU))
+SERVER = Machine("Linux", "x86_64", frozenset(V4), (2, 36), lambda: ("sm_80", ""))
+HOPPER = Machine("Linux", "x86_64", frozenset(V4), (2, 36), lambda: ("sm_90", ""))
+PHONE = Machine("Linux", "aarch64", frozenset({"neon"}), None, lambda: (None, NO_GPU))
 
 
 def cpu(*features: str, **facts: Any) -> dict[str, Any]:
@@ -24,7 +28,7 @@ def cpu(*features: str, **facts: Any) -> dict[str, Any]:
 TARGETS: dict[str, dict[str, Any]] = {
     "cpu-x86-64-v3": cpu(*V3),
     "cpu-x86-64-v4": cpu(*V4),
-    "cuda-sm_90": {"kind": "cuda"},
+    "cuda-sm_90": {"kind": "cuda", "system": "Linux", "gpu": "sm_90", "packages": {}},
     "reference": {"kind": "reference"},
 }
 
@@ -35,8 +39,35 @@ def test_the_one_that_uses_most_of_the_machine_is_chosen() -> None:
     assert chosen.name == "cpu-x86-64-v3"
     assert chosen.passed_over == {
         "cpu-x86-64-v4": "it needs avx512f, which this processor does not have",
-        "cuda-sm_90": "this version of the runtime does not run targets of kind 'cuda'",
+        "cuda-sm_90": NO_GPU,
     }
+
+
+def test_a_gpu_is_preferred_if_it_is_of_the_right_kind() -> None:
+    assert choose_target(TARGETS, "auto", "x", HOPPER).name == "cuda-sm_90"
+    assert choose_target(TARGETS, "cuda", "x", HOPPER).name == "cuda-sm_90"
+    chosen = choose_target(TARGETS, "auto", "x", SERVER)
+    assert chosen.passed_over["cuda-sm_90"] == "it is for sm_90; this machine's GPU is sm_80"
+
+
+def test_the_packages_of_a_gpu_are_named_with_their_extra() -> None:
+    facts = {"kind": "cuda", "gpu": "sm_90", "packages": {"kvant-none": "1"}}
+    reason = "the package kvant-none is not installed (pip install 'kvant[cuda]')"
+    assert why_not(facts, HOPPER) == reason
+
+
+def test_as_many_parts_of_a_version_count_as_are_named() -> None:
+    major = np.__version__.split(".")[0]
+    assert why_not({"kind": "cuda", "packages": {"numpy": major}}, LAPTOP) is None
+    assert why_not({"kind": "cuda", "packages": {"numpy": "1"}}, LAPTOP) == (
+        f"it was built for numpy 1; installed is {np.__version__}"
+    )
+
+
+def test_this_machine_has_a_gpu_or_says_why_not() -> None:
+    found, reason = this_gpu()
+    assert (found is None) == bool(reason)
+    assert found is None or re.fullmatch(r"sm_\d+", found)
 
 
 def test_who_asks_for_one_gets_that_one() -> None:
@@ -55,7 +86,7 @@ def test_auto_never_falls_back_to_the_reference() -> None:
         "no compiled target of the artifact runs here: "
         "cpu-x86-64-v3: it is for Linux on x86_64; this machine is Linux on aarch64; "
         "cpu-x86-64-v4: it is for Linux on x86_64; this machine is Linux on aarch64; "
-        "cuda-sm_90: this version of the runtime does not run targets of kind 'cuda'\n"
+        f"cuda-sm_90: {NO_GPU}\n"
         "  where: x\n"
         "  fix: install what is missing, or compile for this machine; "
         "target='reference' runs anywhere, slowly"

@@ -1,5 +1,6 @@
 """Verification finds wrong kernels of every kind, and lets right ones through."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from kvant.ir.errors import KvantError
 from kvant.runtime import launch_reference, verify
 from kvant.runtime.stream import Stream
 
-from .artifact_maker import INTEGER_PLANS, Made, make
+from .artifact_maker import INTEGER_PLANS, PLANS, Made, make
 
 Kernels = launch_reference.Kernels
 
@@ -163,6 +164,30 @@ def test_integer_plans_have_no_other_bound(
         verify.verify(made.folder)
     assert caught.value.code == "kernel-disagrees"
     assert "stored values by 0 times" in caught.value.what
+
+
+class ForgetsInRings(ForgetsOneGroup):
+    """Right until pages were given back."""
+
+    def encode(self, layer: int, stream: Stream, begin: Any, end: Any) -> None:
+        kind = ForgetsOneGroup if stream.held.max() > stream.sinks else Kernels
+        kind.encode(self, layer, stream, begin, end)
+
+
+@pytest.mark.parametrize("kernels", [Kernels, ForgetsInRings])
+def test_rings_are_filled_and_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernels: type[Kernels]
+) -> None:
+    rings = tuple(replace(one, window=30) for one in PLANS)
+    made = make(tmp_path / "rings.kvant", monkeypatch, plans=rings)
+    use(monkeypatch, kernels)
+    if kernels is Kernels:
+        result = verify.verify(made.folder)
+        assert (result["stored_share"], result["cases"]) == (0.0, 24)
+        return
+    with pytest.raises(KvantError) as caught:
+        verify.verify(made.folder)
+    assert caught.value.code == "kernel-disagrees"
 
 
 def test_text(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:

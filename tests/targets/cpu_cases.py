@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from kvant.ir.arrays import Array
-from kvant.ir.encodings import Bfp, Int, Raw, Tokens
+from kvant.ir.encodings import Bfp, Drop, Int, Raw, Slice, Slices, Tokens
+from kvant.ir.encodings.slices import SliceFormat
 from kvant.ir.encodings.tokens import Format
 from kvant.ir.layouts import page_tokens
 from kvant.ir.maps import Gather, Hadamard, Map, Scale
@@ -36,6 +37,7 @@ def plan_of(
     compute: str = "float",
     softcap: float | None = None,
     window: int | None = None,
+    sinks: str | None = None,
 ) -> AttentionPlan:
     return AttentionPlan(
         heads * group,
@@ -47,6 +49,7 @@ def plan_of(
         stream("v", v, heads, dv or d, **(v_tokens or {})),
         (),
         compute,  # type: ignore[arg-type]
+        sinks,
     )
 
 
@@ -62,6 +65,7 @@ def constants_of(plan: AttentionPlan) -> Constants:
     return {
         "kvant.order": np.stack([rng.permutation(shape[1]) for _ in range(shape[0])]),
         "kvant.values": rng.uniform(0.5, 2.0, shape),
+        "kvant.sinks": rng.normal(size=plan.q_heads),
     }
 
 
@@ -94,6 +98,10 @@ def int_format(bits: int, axis: str, group: int, **fields: Any) -> Int:
     return Int(bits, axis, group, **fields)  # type: ignore[arg-type]
 
 
+def slices(*parts: tuple[int, SliceFormat]) -> Slices:
+    return Slices(tuple(Slice(width, fmt) for width, fmt in parts))
+
+
 HEADLINE = plan_of(
     int_format(4, "token", 128), int_format(4, "token", 128), d=128, k_tokens=BOTH, v_tokens=BOTH
 )
@@ -103,6 +111,12 @@ KIVI = plan_of(
     int_format(2, "token", 32),
     k_tokens={"recent": 32, "flush": "block"},
     v_tokens={"recent": 40},
+)
+SPLIT = plan_of(
+    slices((48, int_format(2, "channel", 32)), (16, int_format(8, "channel", 64))),
+    slices((16, Drop()), (48, int_format(2, "token", 16))),
+    k_tokens={"sink": 4, "recent": 64, "flush": "block"},
+    v_tokens={"sink": 4, "recent": 32},
 )
 
 # Each format stands on both sides, each option somewhere; head sizes 32 to 256, groups 1 to 8.
@@ -146,7 +160,34 @@ PLANS: dict[str, AttentionPlan] = {
     ),
     "bfp": plan_of(Bfp(4, 16), Bfp(8, 32), group=7, d=32, v_tokens={"sink": 3, "recent": 5}),
     "raw": plan_of(
-        Raw("bf16"), Raw("f16"), group=8, window=7, v_tokens={"recent": 64, "flush": "block"}
+        Raw("bf16"),
+        Raw("f16"),
+        group=8,
+        window=7,
+        v_tokens={"recent": 64, "flush": "block"},
+        sinks="kvant.sinks",
+    ),
+    "split-2bit": SPLIT,
+    "slices": plan_of(
+        slices(
+            (16, Drop()),
+            (16, Raw("bf16")),
+            (32, Bfp(4, 16)),
+            (16, int_format(3, "token", 16, zero="none")),
+            (16, int_format(4, "channel", 48, zero="int")),
+        ),
+        slices((16, Raw("f16")), (32, int_format(3, "channel", 48)), (16, Bfp(8, 8))),
+        d=96,
+        dv=64,
+        group=5,
+        softcap=20.0,
+    ),
+    "ring": plan_of(
+        Raw("bf16"),
+        Raw("bf16"),
+        window=64,
+        k_tokens={"raw": Raw("bf16")},
+        v_tokens={"raw": Raw("bf16")},
     ),
     "maps": mapped(
         plan_of(int_format(4, "token", 64, clip=0.9), Raw("f32"), k_tokens={"raw": Raw("bf16")}),

@@ -1,20 +1,20 @@
 """More plans: with those of `cpu_cases`, pairs of options stand together in some plan.
 
-Options of a stream: role, kind (raw, bfp, int by token, int by channel), bits, kind of zero, type
-of scales, sink, window, type of the tail. Of a plan: query heads a group, head width, window or cap
-of the scores, arithmetic, online maps; and these with kind and bits of K and V. Found greedily:
-each plan of PAIRS brings a dozen pairs or more, those of PAIRS_LONG a few.
+Options of a stream: role, kind (raw, bfp, int by token or channel, slices), bits, kind of zero,
+type of scales, sink, window, type of the tail. Of a plan: query heads a group, head width, window
+or cap of the scores, arithmetic, online maps; and these with kind and bits of K and V. Found
+greedily: each plan of PAIRS brings a dozen pairs or more, those of PAIRS_LONG a few.
 """
 
 from collections.abc import Iterable
 from itertools import combinations
 from typing import Any
 
-from kvant.ir.encodings import Bfp, Int, Raw
+from kvant.ir.encodings import Bfp, Drop, Int, Raw, Slices
 from kvant.ir.maps import Gather, Hadamard, Scale
 from kvant.ir.plan import AttentionPlan, StreamPlan
 
-from .cpu_cases import int_format, mapped, plan_of
+from .cpu_cases import int_format, mapped, plan_of, slices
 
 PAIRS: tuple[AttentionPlan, ...] = (
     mapped(
@@ -113,8 +113,53 @@ PAIRS: tuple[AttentionPlan, ...] = (
         v_tokens={"sink": 4, "recent": 40},
         window=50,
     ),
+    mapped(
+        plan_of(
+            slices((96, int_format(2, "token", 32)), (32, int_format(8, "token", 16))),
+            slices((64, Drop()), (16, int_format(4, "token", 16)), (48, Raw("f32"))),
+            heads=2,
+            group=8,
+            d=128,
+            k_tokens={"recent": 16, "flush": "block", "raw": Raw("bf16")},
+            v_tokens={"sink": 4, "recent": 16, "flush": "block"},
+            window=50,
+        ),
+        Gather("kvant.order"),
+    ),
 )
 PAIRS_LONG: tuple[AttentionPlan, ...] = (
+    mapped(
+        plan_of(
+            slices((16, Drop()), (16, int_format(4, "token", 16, zero="none"))),
+            Bfp(8, 32),
+            heads=3,
+            group=1,
+            d=32,
+            k_tokens={"sink": 9, "recent": 40},
+            v_tokens={"recent": 5},
+            softcap=15.0,
+        ),
+        Hadamard(32),
+    ),
+    plan_of(
+        int_format(4, "token", 32, zero="int"),
+        slices((32, int_format(2, "channel", 64)), (128, int_format(4, "token", 128))),
+        heads=1,
+        group=7,
+        d=160,
+        k_tokens={"sink": 1},
+        v_tokens={"raw": Raw("bf16")},
+        compute="int",
+    ),
+    plan_of(
+        int_format(8, "channel", 16),
+        slices((16, int_format(3, "token", 8, params="f32")), (16, Bfp(4, 4))),
+        heads=2,
+        group=2,
+        d=32,
+        k_tokens={"sink": 9},
+        v_tokens={"sink": 1, "recent": 20, "raw": Raw("f16")},
+    ),
     plan_of(
         int_format(3, "token", 64, zero="int"),
         Bfp(4, 32),
@@ -316,6 +361,9 @@ def _stream_options(stream: StreamPlan) -> dict[str, Any]:
             return options | {"kind": axis, "bits": bits, "zero": zero, "params": params}
         case Bfp(mantissa=bits):
             return options | {"kind": "bfp", "bits": f"mantissa {bits}"}
+        case Slices(slices=parts):
+            dropped = any(isinstance(part.format, Drop) for part in parts)
+            return options | {"kind": "slices", "bits": "dropped" if dropped else "stored"}
         case Raw(dtype=dtype):
             return options | {"kind": "raw", "bits": dtype}
 

@@ -159,6 +159,7 @@ class _WrongBy:
 
     def __init__(self, kernels: Kernels, factor: float) -> None:
         self.append, self.encode = kernels.append, kernels.encode
+        self.memory, self.check = kernels.memory, kernels.check
         self.right, self.factor = kernels, np.float32(factor)
 
     def attend(self, layer: int, q: Floats, k: Stream, v: Stream) -> tuple[Floats, Floats]:

@@ -10,24 +10,34 @@ import pytest
 from kvant.targets.cpu import emit
 from kvant.targets.cpu_regions import row_stride, split_tokens
 from kvant.targets.cpu_scores import blocks
+from kvant.targets.gpu import emit as emit_gpu
 
-from .cpu_cases import HEADLINE, INTEGER, KIVI, PLANS
+from .cpu_cases import HEADLINE, INTEGER, KIVI, PLANS, SPLIT
 
-GOLDEN = Path(__file__).parent.parent / "golden" / "cpu"
+GOLDEN = Path(__file__).parent.parent / "golden"
 CASES = {
     "int4-token-int.attend": INTEGER,
     "int4-token.encode_v": HEADLINE,
     "kivi-2bit.attend": KIVI,
     "maps.append_k": PLANS["maps"],
+    "raw.combine": PLANS["raw"],  # with learned sinks
+    "split-2bit.attend": SPLIT,
+    "split-2bit.encode_k": SPLIT,
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_golden(case: str) -> None:
+GPU_CASES = ("int4-token.encode_v", "kivi-2bit.attend", "maps.append_k", "raw.combine")
+TARGETS = [("cpu", case) for case in CASES] + [("gpu", case) for case in GPU_CASES]
+
+
+@pytest.mark.parametrize(("target", "case"), TARGETS)
+def test_golden(target: str, case: str) -> None:
     """KVANT_UPDATE_GOLDEN=1 renews the files; the diff is for a person."""
     name = case.split(".")[1]
-    source = next(k for k in emit(CASES[case]).kernels if k.name == name).source()
-    path = GOLDEN / f"{case}.tvmscript"
+    plan = CASES[case]
+    kernels = emit(plan).kernels if target == "cpu" else emit_gpu(plan).kernels
+    source = next(k for k in kernels if k.name == name).source()
+    path = GOLDEN / target / f"{case}.{'tvmscript' if target == 'cpu' else 'triton'}"
     if os.environ.get("KVANT_UPDATE_GOLDEN"):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(source)
@@ -38,7 +48,7 @@ def test_emitting_imports_no_compiler() -> None:
     code = (
         "import sys\n"
         "from kvant.targets import TARGETS\n"
-        "print(sorted({'tvm', 'torch', 'tvm_ffi'} & set(sys.modules)))"
+        "print(sorted({'tvm', 'torch', 'triton', 'tvm_ffi'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -1,0 +1,49 @@
+"""What kernels of every target are given, by the names that launch.json uses."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..ir.maps import Gather, Map, Scale
+from ..ir.plan import AttentionPlan
+from .stream import Stream
+
+Array = NDArray[Any]
+
+
+def stream_values(stream: Stream) -> dict[str, Any]:
+    """Return everything a kernel may ask of a stream, by name."""
+    pages = stream.pages.reshape(-1)
+    values = {
+        "sink": stream.sink,
+        "tail": stream.tail,
+        "tail_first": stream.tail_first,
+        "table": stream.table,
+        "encoded": stream.encoded,
+        "length": stream.length,
+        "capacity": stream.tail.shape[2],
+        "max_pages": stream.table.shape[1],
+    }
+    values |= dict.fromkeys(("uint8", "uint16", "float16", "float32"), pages)
+    return {f"{stream.plan.role}_{name}": value for name, value in values.items()}
+
+
+def constant_arguments(plan: AttentionPlan, constants: Mapping[str, Array]) -> dict[str, Array]:
+    """Return learned sinks and the constants of all maps, as kernels name and type them."""
+    maps: list[Map] = [*plan.k.maps, *plan.v.maps, *plan.q_maps, *plan.out_maps]
+    arguments: dict[str, Array] = {}
+    if plan.sinks is not None:
+        arguments["sinks"] = np.array(constants[plan.sinks], np.float32)
+    for m in maps:
+        match m:
+            case Gather(order=name):
+                arguments[_constant_name(name, "order")] = np.array(constants[name], np.int32)
+            case Scale(values=name):
+                arguments[_constant_name(name, "scale")] = np.array(constants[name], np.float64)
+    return arguments
+
+
+def _constant_name(name: str, kind: str) -> str:
+    return f"{kind}_{''.join(c if c.isalnum() else '_' for c in name)}"

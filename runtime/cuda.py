@@ -1,0 +1,52 @@
+"""Starts binaries of the target cuda through the driver, by cuda-core; no compiler is needed."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .launch_gpu import Grid
+
+# Dynamic shared memory of a block that needs no leave.
+_SHARED_WITHOUT_ASKING = 48 * 1024
+# Every kernel that Triton compiles takes two more pointers: memory for scratch and for profiling.
+# These kernels use neither; the compiler refuses those that do.
+_HIDDEN = (0, 0)
+
+
+class CudaLauncher:
+    """Kernels of all plans, loaded to torch's current device.
+
+    Args:
+        launches: by key, what launch.json says.
+        files: verified bytes, "<key>/<kernel>.cubin".
+    """
+
+    def __init__(self, launches: Mapping[str, Mapping[str, Any]], files: Mapping[str, bytes]):
+        import torch
+        from cuda.core import Device, LaunchConfig, ObjectCode, Stream, launch
+
+        self._torch, self._start, self._config, self._stream = torch, launch, LaunchConfig, Stream
+        self._device = Device(torch.cuda.current_device())
+        self._device.set_current()
+        self._kernels: dict[tuple[str, str], tuple[Any, int, int]] = {}
+        for key, facts in launches.items():
+            for name, binary in facts["binaries"].items():
+                module = ObjectCode.from_cubin(files[f"{key}/{binary['file']}"])
+                kernel, shared = module.get_kernel(binary["entry"]), int(binary["shared"])
+                if shared > _SHARED_WITHOUT_ASKING:
+                    kernel.attributes[self._device].max_dynamic_shared_size_bytes = shared
+                self._kernels[key, name] = kernel, shared, int(facts["threads"])
+
+    def launch(self, key: str, kernel: str, grid: Grid, arguments: Sequence[Any]) -> None:
+        """Start a kernel of plan `key` on torch's current stream; see `launch_gpu.Launcher`."""
+        loaded, shared, threads = self._kernels[key, kernel]
+        config = self._config(grid=grid, block=threads, shmem_size=shared)
+        # Pointers and int64 are both eight bytes, as which a Python int is handed over.
+        given = [x if isinstance(x, int) else x.data_ptr() for x in arguments]
+        current = self._torch.cuda.current_stream().cuda_stream
+        self._start(self._stream.from_handle(current), config, loaded, *given, *_HIDDEN)
+
+
+def read_launches(keys: Sequence[str], files: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
+    """Return what launch.json says, by key of plan."""
+    return {key: json.loads(files[f"{key}/launch.json"]) for key in dict.fromkeys(keys)}

@@ -1,0 +1,209 @@
+"""Runs the kernels of the targets cuda and hip on tensors of torch.
+
+Nothing here waits for the device: what append and encode refuse is raised by `check`, which reads a
+flag. A `Launcher` starts kernels, so the same code runs binaries through the driver and, in tests,
+the kernels' source through Triton's interpreter.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..ir.errors import KvantError
+from ..ir.plan import AttentionPlan
+from .arguments import constant_arguments, stream_values
+from .memory import Memory, TorchMemory
+from .stream import Ints, Stream
+
+Array = NDArray[Any]
+Tensor: TypeAlias = Any
+Grid: TypeAlias = tuple[int, int, int]
+
+MOST_QUERIES = 1024
+"""Queries of one launch: more would need too much memory for the partial results."""
+
+
+class Launcher(Protocol):
+    """Starts kernels."""
+
+    def launch(self, key: str, kernel: str, grid: Grid, arguments: Sequence[Any]) -> None:
+        """Start a kernel of plan `key` on torch's current stream; numbers are int64."""
+
+
+class Kernels:
+    """Implements `stream.Kernels` on a device.
+
+    Args:
+        plans: one per layer.
+        constants: one mapping per layer, arrays by the names that the plan's maps use.
+        keys: one per layer; layers of equal plans share a key.
+        launches: by key, what launch.json says.
+        launcher: what starts kernels.
+        memory: of the device.
+    """
+
+    def __init__(
+        self,
+        plans: Sequence[AttentionPlan],
+        constants: Sequence[Mapping[str, Array]],
+        keys: Sequence[str],
+        launches: Mapping[str, Mapping[str, Any]],
+        launcher: Launcher,
+        memory: TorchMemory,
+    ) -> None:
+        self._plans, self._keys = tuple(plans), tuple(keys)
+        self._launches, self._launcher, self._memory = launches, launcher, memory
+        self._constants = [
+            {name: memory.place(array) for name, array in constant_arguments(plan, own).items()}
+            for plan, own in zip(plans, constants, strict=True)
+        ]
+        self._flags: dict[tuple[str, int, str], Tensor] = {}
+
+    @property
+    def memory(self) -> Memory:
+        """See `stream.Kernels`."""
+        return self._memory
+
+    def append(self, layer: int, stream: Stream, x: Tensor, first: Ints, count: Ints) -> None:
+        """Map and store new tokens; see `stream.Kernels`. What is not finite, `check` refuses."""
+        batch, heads, tokens, _ = x.shape
+        if not batch or not tokens:
+            return
+        values = self._stream_values(stream) | self._constants[layer]
+        values |= {"x": x} | self._placed(first=first, count=count)
+        values |= {"bad": self._flag("append", layer, stream, batch), "tokens": tokens}
+        tile = self._launch_facts(layer)["tokens"]["append"]
+        self._call(
+            layer, f"append_{stream.plan.role}", (batch * heads, _tiles(tokens, tile)), values
+        )
+
+    def encode(self, layer: int, stream: Stream, begin: Ints, end: Ints) -> None:
+        """Encode positions [begin, end) into pages; see `stream.Kernels`."""
+        batch, most = len(begin), int((end - begin).max(initial=0))
+        if most <= 0:
+            return
+        name = f"encode_{stream.plan.role}"
+        values = self._stream_values(stream) | self._placed(begin=begin, end=end)
+        values |= {"bad": self._flag("encode", layer, stream, batch)}
+        tile = self._launch_facts(layer)["tokens"][name]
+        self._call(layer, name, (batch * stream.plan.heads, _tiles(most, tile)), values)
+
+    def attend(self, layer: int, q: Tensor, k: Stream, v: Stream) -> tuple[Tensor, Tensor]:
+        """Return output and log-sum-exp; see `stream.Kernels`."""
+        batch, _, queries, _ = q.shape
+        if not batch * queries:
+            return self._memory.zeros((*q.shape[:3], v.plan.channels)), self._memory.zeros(
+                q.shape[:3]
+            )
+        parts = []
+        for begin in range(0, queries, MOST_QUERIES):
+            end = min(queries, begin + MOST_QUERIES)
+            # These are the last queries of a row that ends where they end.
+            length = k.length - (queries - end)
+            parts.append(self._attend(layer, q[:, :, begin:end].contiguous(), k, v, length))
+        if len(parts) == 1:
+            return parts[0]
+        outs, lses = zip(*parts, strict=True)
+        return self._memory.join(outs), self._memory.join(lses)
+
+    def _attend(
+        self, layer: int, q: Tensor, k: Stream, v: Stream, length: Ints
+    ) -> tuple[Tensor, Tensor]:
+        plan, facts = self._plans[layer], self._launch_facts(layer)
+        batch, heads, queries, _ = q.shape
+        splits = max(1, _tiles(int(length.max()) - plan.k.tokens.sink, facts["split_tokens"]))
+        needed = queries * plan.group
+        kernel = "attend" if needed <= facts["rows"]["attend"] else "attend_block"
+        tiles = _tiles(needed, facts["rows"][kernel])
+        rows = tiles * facts["rows"][kernel]
+        groups = batch * plan.k.heads
+        empty = self._memory.empty
+        out = empty((batch, heads, queries, plan.v.channels))
+        lse = empty((batch, heads, queries))
+        values = self._stream_values(k) | self._stream_values(v) | self._constants[layer]
+        values |= self._placed(length_of=length) | {"q": q, "out": out, "lse": lse}
+        values |= {
+            "query": empty((groups * rows * plan.k.channels,)),
+            "part_out": empty((groups * splits * rows * plan.v.channels,)),
+            "part_max": empty((groups * splits * rows,)),
+            "part_sum": empty((groups * splits * rows,)),
+        }
+        values |= {"splits": splits, "rows": rows, "queries": queries}
+        self._call(layer, "prepare", (groups, _tiles(needed, facts["rows"]["prepare"])), values)
+        self._call(layer, kernel, (groups, splits, tiles), values)
+        self._call(layer, "combine", (groups, _tiles(needed, facts["rows"]["combine"])), values)
+        return out, lse
+
+    def check(self) -> None:
+        """Wait for the device, and refuse what append or encode could not store.
+
+        Raises: KvantError "non-finite" or "scale-overflow".
+        """
+        for (kernel, layer, role), flag in self._flags.items():
+            found = self._memory.fetch(flag).copy()
+            if found.any():
+                flag[...] = 0
+                raise _refusal(kernel, layer, role, int(np.flatnonzero(found)[0]))
+
+    def _flag(self, kernel: str, layer: int, stream: Stream, batch: int) -> Tensor:
+        """Return the flags of a kernel, int64[B H]; they stay until `check` reads them."""
+        name = (kernel, layer, stream.plan.role)
+        count = batch * stream.plan.heads
+        have = self._flags.get(name)
+        if have is None or have.shape[0] < count:
+            have = self._flags[name] = self._memory.place(np.zeros(count, np.int64))
+        return have
+
+    def _call(
+        self, layer: int, kernel: str, grid: Sequence[int], values: Mapping[str, Any]
+    ) -> None:
+        key = self._keys[layer]
+        arguments = [
+            self._argument(spec, values) for spec in self._launches[key]["kernels"][kernel]
+        ]
+        whole = (*grid, 1, 1)[:3]
+        self._launcher.launch(key, kernel, (whole[0], whole[1], whole[2]), arguments)
+
+    def _argument(self, spec: str, values: Mapping[str, Any]) -> Any:
+        name, _, dtype = spec.partition(":")
+        return self._memory.view(values[name], dtype) if dtype else int(values[name])
+
+    def _launch_facts(self, layer: int) -> Mapping[str, Any]:
+        return self._launches[self._keys[layer]]
+
+    def _placed(self, **arrays: Ints) -> dict[str, Tensor]:
+        return {name: self._memory.place(array) for name, array in arrays.items()}
+
+    def _stream_values(self, stream: Stream) -> dict[str, Any]:
+        """Return a stream's arguments; of its table only the columns in use are sent."""
+        used = 1 + int(np.flatnonzero((stream.table >= 0).any(axis=0)).max(initial=0))
+        values = stream_values(stream)
+        table = np.ascontiguousarray(stream.table[:, :used])
+        role = stream.plan.role
+        values |= {f"{role}_table": table, f"{role}_max_pages": used}
+        return {
+            name: self._memory.place(value) if isinstance(value, np.ndarray) else value
+            for name, value in values.items()
+        }
+
+
+def _tiles(count: int, size: int) -> int:
+    return -(-count // size)
+
+
+def _refusal(kernel: str, layer: int, role: str, place: int) -> KvantError:
+    if kernel == "append":
+        return KvantError(
+            "non-finite",
+            f"{role} was NaN or infinite in its raw type after its maps, row and head {place}",
+            where=f"layer {layer}, an append since the last check",
+            fix="find out why the model gave such values; the cache must be reset",
+        )
+    return KvantError(
+        "scale-overflow",
+        f"a scale or value of {role} did not fit its type, row and head {place}",
+        where=f"layer {layer}, an encode since the last check",
+        fix="store scales as bf16 or f32, or rotate or scale the channels first",
+    )

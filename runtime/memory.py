@@ -1,0 +1,181 @@
+"""Where the arrays of a cache are: on the host, as NumPy arrays, or on a device, as torch tensors.
+
+What a cache counts (lengths, tables) is always on the host. Sinks, tails and pages are where the
+kernels are, and only the few operations of `Memory` and slices touch them.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .pages import PagePool, open_pool
+from .tensors import Kind, is_torch, kind_of_tensor, read_floats, write_floats, wrong_device
+
+Array: TypeAlias = Any
+"""A NumPy array or a torch tensor: both take slices, and a slice as the target of an assignment."""
+
+_FIRST_PAGES = 16
+
+
+class Memory(Protocol):
+    """Arrays of one place."""
+
+    def zeros(self, shape: tuple[int, ...]) -> Array:
+        """Return f32 zeros."""
+
+    def open_pool(self, page_bytes: int, capacity: int) -> PagePool:
+        """Return a pool of at most `capacity` pages, whose memory grows with what is used."""
+
+    def rows(self, x: Array, index: NDArray[np.int64]) -> Array:
+        """Return a copy whose row i is row index[i] of x."""
+
+    def fetch(self, x: Array) -> NDArray[Any]:
+        """Return an array on the host: itself, or a copy."""
+
+    def place(self, x: NDArray[Any]) -> Array:
+        """Return an array of the host here: itself, or a copy."""
+
+    def read_floats(self, name: str, value: object) -> tuple[Array, Kind]:
+        """Return what a caller gave as f32 here, contiguous, and what it was.
+
+        Raises: KvantError "wrong-type", "wrong-dtype" or "wrong-device".
+        """
+
+    def write_floats(self, x: Array, kind: Kind) -> Any:
+        """Return an array of here as the kind of tensor that `read_floats` was given."""
+
+
+class HostMemory:
+    """NumPy arrays. A pool is address space that costs nothing until a page is written."""
+
+    def zeros(self, shape: tuple[int, ...]) -> Array:
+        """See `Memory`."""
+        return np.zeros(shape, np.float32)
+
+    def open_pool(self, page_bytes: int, capacity: int) -> PagePool:
+        """See `Memory`."""
+        return open_pool(page_bytes, capacity)
+
+    def rows(self, x: Array, index: NDArray[np.int64]) -> Array:
+        """See `Memory`."""
+        return x[index]
+
+    def fetch(self, x: Array) -> NDArray[Any]:
+        """Return x itself."""
+        return np.asarray(x)
+
+    def place(self, x: NDArray[Any]) -> Array:
+        """Return x itself."""
+        return x
+
+    def read_floats(self, name: str, value: object) -> tuple[Array, Kind]:
+        """See `Memory`."""
+        return read_floats(name, value)
+
+    def write_floats(self, x: Array, kind: Kind) -> Any:
+        """See `Memory`."""
+        return write_floats(x, kind)
+
+
+HOST = HostMemory()
+
+
+class TorchMemory:
+    """Tensors of torch's allocator on one device.
+
+    Args:
+        device: as torch calls it, "cuda:0".
+    """
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+
+    def zeros(self, shape: tuple[int, ...]) -> Array:
+        """See `Memory`."""
+        import torch
+
+        return torch.zeros(shape, dtype=torch.float32, device=self.device)
+
+    def open_pool(self, page_bytes: int, capacity: int) -> PagePool:
+        """Return a pool that begins small and doubles: kernels need its pages at one address."""
+        import torch
+
+        def grown(count: int) -> Array:
+            return torch.zeros((count, page_bytes), dtype=torch.uint8, device=self.device)
+
+        first = grown(min(capacity, _FIRST_PAGES))
+        return PagePool(first, capacity, _doubling(grown))
+
+    def empty(self, shape: tuple[int, ...]) -> Array:
+        """Return f32 that is not set to anything."""
+        import torch
+
+        return torch.empty(shape, dtype=torch.float32, device=self.device)
+
+    def join(self, parts: Sequence[Array]) -> Array:
+        """Return [B, H, T, ...] of parts of T."""
+        import torch
+
+        return torch.cat(tuple(parts), dim=2)
+
+    def view(self, x: Array, dtype: str) -> Array:
+        """Return the bytes of a contiguous tensor as another type of NumPy's name, flat."""
+        import torch
+
+        return x.reshape(-1).view(getattr(torch, dtype))
+
+    def rows(self, x: Array, index: NDArray[np.int64]) -> Array:
+        """See `Memory`."""
+        import torch
+
+        return x[torch.from_numpy(np.ascontiguousarray(index)).to(self.device)]
+
+    def fetch(self, x: Array) -> NDArray[Any]:
+        """Return a copy on the host."""
+        copy: NDArray[Any] = x.cpu().numpy()
+        return copy
+
+    def place(self, x: NDArray[Any]) -> Array:
+        """Return a copy on the device."""
+        import torch
+
+        return torch.from_numpy(np.ascontiguousarray(x)).to(self.device)
+
+    def read_floats(self, name: str, value: object) -> tuple[Array, Kind]:
+        """Take a tensor of this device, or a NumPy array; a tensor from elsewhere is refused."""
+        if is_torch(value):
+            tensor: Any = value
+            if str(tensor.device) != self.device:
+                raise wrong_device(name, tensor, self.device)
+            kind = kind_of_tensor(name, tensor)
+            return tensor.detach().float().contiguous(), kind
+        array, kind = read_floats(name, value)
+        return self.place(array), kind
+
+    def write_floats(self, x: Array, kind: Kind) -> Any:
+        """See `Memory`."""
+        import torch
+
+        if kind.library == "torch":
+            return x.to(getattr(torch, kind.dtype))
+        return write_floats(self.fetch(x), kind)
+
+
+def current_device() -> str:
+    """Return torch's current GPU, "cuda:0"."""
+    import torch
+
+    return f"cuda:{torch.cuda.current_device()}"
+
+
+def _doubling(new: Callable[[int], Array]) -> Callable[[Array, int], Array]:
+    """Return a function that copies pages into a pool twice as large, within a limit."""
+
+    def grow(pages: Array, limit: int) -> Array:
+        larger = new(min(limit, 2 * len(pages)))
+        larger[: len(pages)] = pages
+        return larger
+
+    return grow

@@ -1,0 +1,188 @@
+"""Reading tokens of a stream on a GPU: one block of channels for each plane, never interleaved.
+
+A stream has one reader, or one for each slice of its channels. Channel i plane + w of a reader lies
+in bits of byte w (see `ir/layouts.py`), so a page is read once and gives one block [tokens, plane]
+for each plane i. Every format then reads as
+
+    x^[t, c] = code(t, c) * scale + zero
+
+A token that is masked out reads as zero, whatever lies in memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..ir.encodings import Bfp, Drop, Int, Raw
+from ..ir.layouts import PageLayout, Part, code_bits
+from ..ir.plan import StreamPlan
+from .gpu_text import LEAST_DOT, Kernel, across, as_f32, both, down, load, padded
+
+
+@dataclass(frozen=True, slots=True)
+class PageReader:
+    """Text that reads one part of the channels of a stream.
+
+    Names of the kernel that begin with the role are of the stream: bound before a page is read are
+    <role>_t (token of the page) and <role>_block (first byte of the head block). Names that begin
+    with `name` are of the reader.
+
+    Attributes:
+        stream: the plan.
+        layout: of its pages.
+        part: the channels, [first, first + width) of the head.
+    """
+
+    stream: StreamPlan
+    layout: PageLayout
+    part: Part
+
+    @property
+    def role(self) -> str:
+        """Prefix of the stream's names."""
+        return self.stream.role
+
+    @property
+    def name(self) -> str:
+        """Prefix of the reader's names."""
+        return self.role + self.part.prefix.removesuffix(".")
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether pages hold the channels; those of zero bits are only in sink and tail."""
+        return not isinstance(self.part.format, Drop)
+
+    @property
+    def width(self) -> int:
+        """Columns of a block: the plane, made a power of two that products of matrices take."""
+        return padded(self.part.plane, LEAST_DOT)
+
+    @property
+    def columns(self) -> str:
+        """Mask of the columns that are channels, or "" if all are."""
+        return "" if self.width == self.part.plane else f"({self.name}_w < {self.part.plane})"
+
+    def channel(self, i: int) -> str:
+        """Return the channels of the head in plane i, as a vector."""
+        first = self.part.first + i * self.part.plane
+        return f"({self.name}_w + {first})" if first else f"{self.name}_w"
+
+    def write_columns(self, kernel: Kernel) -> None:
+        """Bind the columns of a block."""
+        kernel.line(f"{self.name}_w = tl.arange(0, {self.width})")
+
+    def write_codes(self, kernel: Kernel, here: str) -> None:
+        """Load the bytes of all planes of a block once; `here` masks its tokens."""
+        name, fmt = self.name, self.part.format
+        if isinstance(fmt, Raw | Drop):
+            return
+        if code_bits(fmt) != 3:
+            kernel.line(f"{name}_codes = {self._block('codes', 0, here)}.to(tl.int32)")
+            return
+        for half in (0, 1):
+            low = self._block("codes", half * self.part.plane, here)
+            kernel.line(f"{name}_codes_{half} = {low}.to(tl.int32)")
+        kernel.line(f"{name}_high = {self._block('high', 0, here)}.to(tl.int32)")
+
+    def write_plane(self, kernel: Kernel, i: int, here: str, out: str) -> None:
+        """Bind `out` to the values of plane i, f32 [tokens, width]."""
+        name = self.name
+        if isinstance(self.part.format, Raw):
+            values = self._block("values", 0, here)
+            kernel.line(f"{out} = {as_f32(values, self.part.format.dtype)}")
+            return
+        fmt = self.coded()
+        scale, zero = self._parameters(i, here)
+        kernel.line(f"{name}_scale = {scale}")
+        code = f"({self._code(i)}).to(tl.float32)"
+        if isinstance(fmt, Bfp) or fmt.zero == "none":
+            middle = 2.0 ** (code_bits(fmt) - 1)
+            kernel.line(f"{out} = ({code} - {middle}) * {name}_scale")
+            return
+        kernel.line(f"{name}_zero = {zero}")
+        if fmt.zero == "int":
+            kernel.line(f"{out} = ({code} - {name}_zero) * {name}_scale")
+        else:
+            kernel.line(f"{out} = {code} * {name}_scale + {name}_zero")
+
+    def _code(self, i: int) -> str:
+        """Return the codes of plane i, i32."""
+        bits = code_bits(self.coded())
+        if bits == 8:
+            return f"{self.name}_codes"
+        if bits != 3:
+            return _bits(f"{self.name}_codes", bits * i, bits, last=i == self.part.planes - 1)
+        # Two planes of an eighth lie behind one another in the bytes of the low two bits.
+        low = _bits(f"{self.name}_codes_{i % 2}", i // 2 * 2, 2, last=i // 2 == 3)
+        return f"{low} | ({_bits(f'{self.name}_high', i, 1, last=i == 7)} << 2)"
+
+    def _parameters(self, i: int, here: str) -> tuple[str, str]:
+        """Return scale and zero of plane i, f32, as [tokens, 1], [1, width] or [tokens, width]."""
+        fmt = self.coded()
+        if isinstance(fmt, Bfp):
+            exponent = f"{self._parameter('exponent', i, here)}.to(tl.int32)"
+            power = f"({exponent} << 23).to(tl.float32, bitcast=True)"
+            return f"{power} * {2.0 ** (2 - fmt.mantissa)}", ""
+        zero = "" if fmt.zero == "none" else as_f32(self._parameter("zero", i, here), fmt.params)
+        return as_f32(self._parameter("scale", i, here), fmt.params), zero
+
+    def _parameter(self, name: str, i: int, here: str) -> str:
+        """Return the stored parameters of plane i."""
+        group = self.part.width // self.part.field(name).shape[1]
+        first = i * self.part.plane
+        if (first + self.part.plane - 1) // group == first // group:
+            return f"{load(self._at(name, self.row(name), first // group), here)}[:, None]"
+        column = f"{self.name}_w + {first}" if first else f"{self.name}_w"
+        column = column if group == 1 else f"({column}) // {group}"
+        pointer = self._at(name, down(f"({self.row(name)})"), across(f"({column})"))
+        return load(pointer, both(down(here), across(self.columns)))
+
+    def at(self, name: str, first: int) -> str:
+        """Return the pointers to a field from column `first` on, [tokens, width]."""
+        column = across(f"{self.name}_w") + (f" + {first}" if first else "")
+        return self._at(name, down(f"({self.row(name)})"), column)
+
+    def _block(self, name: str, first: int, here: str) -> str:
+        """Return the elements of a field from column `first` on, [tokens, width]."""
+        return load(self.at(name, first), both(down(here), across(self.columns)))
+
+    def _at(self, name: str, row: str, column: str | int) -> str:
+        return f"{self.role}_{self.part.field(name).dtype} + {row} + {column}"
+
+    def row(self, name: str) -> str:
+        """Return the index of the first element of each token's row, in elements of the field."""
+        field, role = self.part.field(name), self.role
+        size = np.dtype(field.dtype).itemsize
+        tokens = self.layout.tokens // field.shape[0]
+        index = f"{role}_t" if tokens == 1 else f"({role}_t // {tokens})"
+        block = f"{role}_block" if size == 1 else f"{role}_block // {size}"
+        start = f"{block} + {field.offset // size}" if field.offset else block
+        return f"{start} + {index} * {field.shape[1]}"
+
+    def coded(self) -> Int | Bfp:
+        """Return the format, one with codes."""
+        if isinstance(self.part.format, Raw | Drop):
+            raise TypeError("the format has no codes")
+        return self.part.format
+
+
+def readers_of(stream: StreamPlan) -> tuple[PageReader, ...]:
+    """Return the readers of a stream's channels, in storage order."""
+    layout = stream.page_layout()
+    return tuple(PageReader(stream, layout, part) for part in layout.parts)
+
+
+def declare_pages(kernel: Kernel, stream: StreamPlan) -> None:
+    """Declare the typed views of a stream's pages, and the table that names them."""
+    for field in stream.page_layout().fields:
+        kernel.array(f"{stream.role}_{field.dtype}", field.dtype)
+    kernel.array(f"{stream.role}_table", "int64")
+    kernel.scalar(f"{stream.role}_max_pages")
+
+
+def _bits(value: str, shift: int, bits: int, *, last: bool) -> str:
+    """Return `bits` bits of a byte from bit `shift` on; nothing stands above the last ones."""
+    shifted = f"({value} >> {shift})" if shift else value
+    return shifted if last else f"({shifted} & {2**bits - 1})"

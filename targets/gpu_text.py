@@ -1,0 +1,86 @@
+"""Text of a kernel in Triton: lines with indentation, arguments, and the idioms used.
+
+Everything is text so that the emitted source can be read, dumped and kept as a golden. All offsets
+are 64-bit: they start from a 64-bit head or row. Blocks of Triton have powers of two as sizes;
+where a size is none, the block is larger and a mask leaves out the rest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .kernel_text import KernelText
+
+# How Triton calls the number types of NumPy.
+TYPES = {
+    "uint8": "u8",
+    "uint16": "u16",
+    "int32": "i32",
+    "int64": "i64",
+    "float16": "fp16",
+    "float32": "fp32",
+    "float64": "fp64",
+}
+LARGEST = "3.4028234663852886e38"  # of f32
+LEAST_DOT = 16
+"""The least rows, columns and terms of a product of matrices."""
+
+
+@dataclass(slots=True)
+class Kernel(KernelText):
+    """One kernel in Triton while it is written."""
+
+    def signature(self) -> dict[str, str]:
+        """Return the arguments as Triton's compiler reads them."""
+        arrays = {name: f"*{TYPES[dtype]}" for name, dtype in self.buffers}
+        return arrays | dict.fromkeys(self.scalars, "i64")
+
+    def source(self) -> str:
+        """Return the whole function."""
+        names = [name for name, _ in self.buffers] + self.scalars
+        head = ["@triton.jit", f"def {self.name}(", *(f"    {name}," for name in names), "):"]
+        return "\n".join(head + self.lines) + "\n"
+
+
+def padded(size: int, least: int = 1) -> int:
+    """Return the least power of two that holds `size` and `least`."""
+    return 1 << (max(size, least) - 1).bit_length()
+
+
+def load(pointer: str, mask: str = "") -> str:
+    """Return a load; where the mask is false it gives 0 and touches no memory."""
+    return f"tl.load({pointer}, mask={mask}, other=0)" if mask else f"tl.load({pointer})"
+
+
+def both(*masks: str) -> str:
+    """Return the conjunction of masks; an empty one is true."""
+    kept = [mask for mask in masks if mask]
+    return " & ".join(kept) if len(kept) < 2 else " & ".join(f"({mask})" for mask in kept)
+
+
+def down(name: str) -> str:
+    """Return a vector along the rows of a block."""
+    return f"{name}[:, None]" if name else ""
+
+
+def across(name: str) -> str:
+    """Return a vector along the columns of a block."""
+    return f"{name}[None, :]" if name else ""
+
+
+def as_f32(stored: str, dtype: str) -> str:
+    """Return a stored f16, bf16 (as its bits) or f32 as f32; exact."""
+    if dtype == "bf16":
+        return f"({stored}.to(tl.int32) << 16).to(tl.float32, bitcast=True)"
+    return stored if dtype == "f32" else f"{stored}.to(tl.float32)"
+
+
+def write_bf16_bits(kernel: Kernel, value: str) -> None:
+    """Bind `bits` to the bfloat16 bits of an f32, to nearest even, i32. A NaN may wrap around."""
+    kernel.line(f"bits = {value}.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF")
+    kernel.line("bits = ((bits + 32767 + ((bits >> 16) & 1)) >> 16).to(tl.int32)")
+
+
+def number(value: float) -> str:
+    """Return a constant."""
+    return f'float("{value!r}")' if value in (float("inf"), float("-inf")) else repr(value)

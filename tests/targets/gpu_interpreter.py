@@ -1,0 +1,88 @@
+"""The kernels of the target cuda in Triton's interpreter: `stream.Kernels` without a GPU.
+
+TRITON_INTERPRET must be set before triton is imported: tests/conftest.py sees to it.
+"""
+
+import importlib.util
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+from kvant.ir.plan import AttentionPlan
+from kvant.runtime.launch_gpu import Kernels
+from kvant.runtime.memory import TorchMemory
+from kvant.targets.gpu import emit
+
+from .cpu_cases import Constants
+
+
+class Interpreter:
+    """Starts kernels by reading them line by line."""
+
+    def __init__(self, modules: Mapping[str, Any]) -> None:
+        self.modules = modules
+
+    def launch(self, key: str, kernel: str, grid: Any, arguments: Sequence[Any]) -> None:
+        with patched_once():
+            getattr(self.modules[key], kernel)[grid](*arguments)
+
+
+class Garbage(TorchMemory):
+    """Memory of the host whose unset numbers are NaN: what no kernel writes must not matter."""
+
+    def empty(self, shape: tuple[int, ...]) -> Any:
+        return torch.full(shape, torch.nan)
+
+
+@contextmanager
+def patched_once() -> Iterator[None]:
+    """Let the interpreter patch triton.language once a launch, not at every tl.sum."""
+    real, done = interpreter._patch_lang, set()
+
+    def once(function: Any) -> Any:
+        names = frozenset(n for n, x in function.__globals__.items() if x in (tl, tl.core))
+        if names in done:
+            return interpreter._LangPatchScope()
+        done.add(names)
+        return real(function)
+
+    with patch.object(interpreter, "_patch_lang", once):
+        yield
+
+
+@lru_cache(maxsize=256)
+def module_of(plan: AttentionPlan, change: tuple[str, str] = ("", "")) -> Any:
+    """The emitted kernels of a plan, imported: the interpreter wants them in a file.
+
+    Where a kernel has the text change[0], it gets change[1] instead: to see that it is caught.
+    """
+    with tempfile.TemporaryDirectory(prefix="kvant-test-") as folder:
+        path = Path(folder) / "kernels.py"
+        text = emit(plan).text()
+        assert change[0] in text
+        path.write_text(text.replace(*change) if change[0] else text)
+        spec = importlib.util.spec_from_file_location("kernels", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        for name in emit(plan).launch()["kernels"]:
+            getattr(module, name).rewrite()
+    return module
+
+
+def interpreted(
+    plans: list[AttentionPlan], constants: list[Constants], change: tuple[str, str] = ("", "")
+) -> Kernels:
+    """A factory for `cache_runner`."""
+    keys = [f"p{plans.index(plan)}" for plan in plans]
+    own = dict(zip(keys, plans, strict=True))
+    launches = {key: emit(plan).launch() for key, plan in own.items()}
+    launcher = Interpreter({key: module_of(plan, change) for key, plan in own.items()})
+    return Kernels(plans, constants, keys, launches, launcher, Garbage("cpu"))

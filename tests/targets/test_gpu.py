@@ -1,0 +1,142 @@
+"""The targets cuda and hip: what is compiled, what is refused, and what a launcher is given."""
+
+import json
+import os
+import sys
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import kvant
+from kvant.ir.errors import KvantError
+from kvant.runtime.machine import this_gpu
+from kvant.runtime.verify import verify
+from kvant.targets import TARGETS
+from kvant.targets.gpu import compile_gpu, emit, why_not
+from kvant.targets.kernel_text import KERNELS
+from kvant.targets.machines import GPUS
+
+from ..runtime.cache_bytes import stored_bytes
+from ..runtime.cache_runner import random_kv
+from .cpu_cases import KIVI, PLANS, constants_of, int_format, loaded, plan_of
+from .gpu_interpreter import interpreted
+
+SECONDS = 60  # for one binary; ten on an idle machine
+SHAPE = kvant.Shape(heads=4, kv_heads=2, head_dim=64, dtype="f32")
+
+
+def test_binaries_are_the_same_each_time_and_fit_the_gpu() -> None:
+    gpu = GPUS["sm_89"]
+    one, two = (compile_gpu(emit(KIVI), gpu) for _ in range(2))
+    assert one == two
+    launch = json.loads(one["launch.json"])
+    assert set(launch["binaries"]) == set(KERNELS)
+    assert len(KERNELS) <= 8
+    for name, binary in launch["binaries"].items():
+        assert one[binary["file"]][:4] == b"\x7fELF"
+        assert binary["shared"] <= gpu.shared, name
+    assert launch["threads"] == 128
+    for path in (sys.prefix, os.getcwd(), "/tmp/"):
+        assert not any(path.encode() in data for data in one.values()), path
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("gpu", ["sm_80", "sm_89", "sm_90", "sm_100", "gfx942"])
+@pytest.mark.parametrize("plan", ["int4-token-int", "kivi-2bit", "bfp", "slices", "maps"])
+def test_every_kind_of_gpu(plan: str, gpu: str) -> None:
+    target = TARGETS[f"{GPUS[gpu].backend}:{gpu}"]
+    build = target.build(PLANS[plan])
+    assert build.target == f"{GPUS[gpu].backend}-{gpu}"
+    assert build.facts["gpu"] == gpu
+    suffix = "cubin" if GPUS[gpu].backend == "cuda" else "hsaco"
+    assert sum(name.endswith(suffix) for name in build.files) == len(KERNELS)
+
+
+def test_what_cannot_be_built_is_said() -> None:
+    assert why_not(KIVI) is None
+    many = plan_of(int_format(8, "token", 64), int_format(8, "token", 64), group=65)
+    assert why_not(many) == "65 query heads share a KV head; at most 64 are supported"
+    wide = plan_of(int_format(8, "token", 512), int_format(8, "token", 512), d=512)
+    assert why_not(wide) == "heads of 512 channels; at most 256 are supported"
+
+
+def test_shared_memory_is_held_to_the_table() -> None:
+    small = replace(GPUS["sm_90"], name="sm_90", shared=1024)
+    with pytest.raises(KvantError) as caught:
+        compile_gpu(emit(KIVI), small)
+    assert caught.value.code == "shared-memory"
+    assert "sm_90 gives a block 1024" in caught.value.what
+
+
+def test_a_failing_compiler_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    unknown = replace(GPUS["sm_90"], arch=90, backend="none")
+    with pytest.raises(KvantError) as caught:
+        compile_gpu(emit(KIVI), unknown)
+    assert caught.value.code == "compiler-failed"
+    assert caught.value.what.startswith("Triton failed for sm_90: ")
+
+
+def test_another_triton_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "3.1.0")
+    assert TARGETS["cuda:sm_90"].available() == (
+        "triton 3.1.0 is installed, 3.9.0 is needed: pip install triton==3.9.0"
+    )
+
+
+def test_not_finite_is_refused_by_check() -> None:
+    from kvant.runtime.cache import Cache
+
+    plan = PLANS["kivi-2bit"]
+    kernels = interpreted([plan], [constants_of(plan)])
+    cache = Cache([plan], kernels, batch=2, max_tokens=64)
+    k, v = random_kv(np.random.default_rng(0), plan, 2, 5)
+    cache.append(0, k, v)
+    kernels.check()
+    v[1, 0, 3, 7] = np.nan
+    cache.append(0, k, v)
+    with pytest.raises(KvantError) as caught:
+        assert cache.length
+    assert caught.value.code == "non-finite"
+    assert caught.value.what.startswith("v was NaN or infinite")
+    kernels.check()  # said once
+
+
+@pytest.mark.parametrize("name", ["int4-token-int", "int3-d96", "bfp", "slices", "maps"])
+def test_pages_are_those_of_the_cpu(name: str) -> None:
+    """Both targets store the bytes of `ir/encodings`, so what one wrote the other can read."""
+    from kvant.runtime.cache import Cache
+
+    plan = PLANS[name]
+    k, v = random_kv(np.random.default_rng(5), plan, 2, 150)
+    found = []
+    for kernels in (interpreted, loaded):
+        cache = Cache([plan], kernels([plan], [constants_of(plan)]), batch=2, max_tokens=256)
+        cache.append(0, k, v)
+        cache.flush()
+        found.append(stored_bytes(cache))
+    assert found[0] == found[1]
+
+
+def test_one_artifact_for_a_cpu_and_a_gpu(tmp_path: Any) -> None:
+    art = kvant.compile(SHAPE, "int8-token", ["cpu", "cuda:sm_90"], out=tmp_path / "a")
+    assert sorted(art.manifest["targets"]) == ["cpu-x86-64-v3", "cuda-sm_90"]
+    kernels = [row["name"] for row in art.show()["kernels"]]
+    assert "cuda-sm_90/p0/attend" in kernels
+    assert "cpu-x86-64-v3/p0/attend" in kernels
+    found, _ = this_gpu()
+    if found is None:
+        assert art.target == "cpu-x86-64-v3"
+        with pytest.raises(KvantError) as caught:
+            kvant.load(art.path, target="cuda", id=art.id)
+        assert caught.value.code == "no-usable-target"
+        assert "cuda-sm_90: " in caught.value.what
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(this_gpu()[0] is None, reason=this_gpu()[1])
+def test_verify_on_a_gpu(tmp_path: Any) -> None:
+    gpu, _ = this_gpu()
+    art = kvant.compile(SHAPE, "kivi-4bit", [f"cuda:{gpu}"], out=tmp_path / "a")
+    assert verify(art.path, target="cuda")["target"] == f"cuda-{gpu}"
