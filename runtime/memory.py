@@ -22,6 +22,10 @@ _FIRST_PAGES = 16
 class Memory(Protocol):
     """Arrays of one place."""
 
+    @property
+    def device(self) -> str:
+        """The place, as torch calls it: "cpu", "cuda:0"."""
+
     def zeros(self, shape: tuple[int, ...]) -> Array:
         """Return f32 zeros."""
 
@@ -49,6 +53,8 @@ class Memory(Protocol):
 
 class HostMemory:
     """NumPy arrays. A pool is address space that costs nothing until a page is written."""
+
+    device = "cpu"
 
     def zeros(self, shape: tuple[int, ...]) -> Array:
         """See `Memory`."""

@@ -39,7 +39,7 @@ def check_model(model: Module, artifact: "Artifact") -> None:
         )
     _check_architecture(model, artifact)
     for module, entry in zip(attention_modules(model, artifact), artifact.layers, strict=True):
-        _check_projections(module, entry.prefix)
+        _check_projections(module, entry.prefix, artifact.kernels.memory.device)
     check_samples(model, artifact.manifest["model"]["weights"])
     check_samples(model, _sinks(artifact))
 
@@ -117,8 +117,8 @@ def _wrong_structure(what: str) -> KvantError:
     )
 
 
-def _check_projections(module: Module, prefix: str) -> None:
-    """Refuse a projection whose numbers are not simply there, in float, on the CPU."""
+def _check_projections(module: Module, prefix: str, device: str) -> None:
+    """Refuse a projection whose numbers are not simply there, in float, on the kernels' device."""
     from torch.nn import Linear
     from transformers.pytorch_utils import Conv1D
 
@@ -140,7 +140,7 @@ def _check_projections(module: Module, prefix: str) -> None:
         if "qweight" in child._buffers:
             raise _quantized(full, child, child._buffers["qweight"])
         for key, parameter in own.items():
-            _check_parameter(f"{full}.{key}", parameter)
+            _check_parameter(f"{full}.{key}", parameter, device)
 
 
 def _wraps(parameter: Parameter) -> bool:
@@ -161,7 +161,7 @@ def _quantized(name: str, module: Module, parameter: Parameter) -> KvantError:
     )
 
 
-def _check_parameter(name: str, parameter: Parameter) -> None:
+def _check_parameter(name: str, parameter: Parameter, device: str) -> None:
     if parameter.device.type == "meta":
         raise KvantError(
             "offloaded-projection",
@@ -169,12 +169,12 @@ def _check_parameter(name: str, parameter: Parameter) -> None:
             where=_WHERE,
             fix="load the whole model into memory, without device_map offloading",
         )
-    if parameter.device.type != "cpu":
+    if str(parameter.device) != device:
         raise KvantError(
             "wrong-device",
-            f"{name} is on {parameter.device}; this artifact's kernels run on the CPU",
+            f"{name} is on {parameter.device}; this artifact's kernels run on {device}",
             where=_WHERE,
-            fix='move the model with model.to("cpu")',
+            fix=f'move the model with model.to("{device}")',
         )
     if str(parameter.dtype) not in DTYPES:
         raise KvantError(

@@ -31,10 +31,10 @@ def edit_weights(model: Module, artifact: "Artifact") -> dict[str, Tensor]:
         for edit in artifact.weight_edits:
             name = edit["parameter"]
             parameter = model.get_parameter(name)
-            weight = parameter.detach().double().numpy()
+            weight = parameter.detach().double().cpu().numpy()
             edited = apply_weight_edits(edit["ops"], weight, artifact.tensors)
             originals.setdefault(name, parameter.data)
-            parameter.data = rounded(edited, parameter.dtype)
+            parameter.data = rounded(edited, parameter.dtype).to(parameter.device)
             if edited.ndim > weight.ndim:
                 _place_heads(model, name)
     except BaseException:
