@@ -144,10 +144,13 @@ class TorchMemory:
         return copy
 
     def place(self, x: NDArray[Any]) -> Array:
-        """Return a copy on the device."""
+        """Return a copy on the device, without waiting for what runs there.
+
+        Memory that is not pinned is read before the call returns, so x may change afterwards.
+        """
         import torch
 
-        return torch.from_numpy(np.ascontiguousarray(x)).to(self.device)
+        return torch.from_numpy(np.ascontiguousarray(x)).to(self.device, non_blocking=True)
 
     def read_floats(self, name: str, value: object) -> tuple[Array, Kind]:
         """Take a tensor of this device, or a NumPy array; a tensor from elsewhere is refused."""

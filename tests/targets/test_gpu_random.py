@@ -23,14 +23,15 @@ IN_ALL, IN_ALL_LONG = 200, 2_000
 
 @pytest.mark.parametrize("name", SHORT)
 def test_random_cases_within_p7(name: str, record_property: Record) -> None:
-    run_cases(name, SHORT[name], -(-IN_ALL // len(SHORT)), record_property)
+    run_cases(name, SHORT[name], -(-IN_ALL // len(SHORT)), 3, record_property)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", SHORT | LONG)
 def test_many_random_cases_within_p7(name: str, record_property: Record) -> None:
     plans = SHORT | LONG
-    run_cases(f"{name} long", plans[name], -(-IN_ALL_LONG // len(plans)), record_property)
+    # Shorter scripts, for the interpreter is slow; there are ten times as many.
+    run_cases(f"{name} long", plans[name], -(-IN_ALL_LONG // len(plans)), 1, record_property)
 
 
 def case_of(name: str, tokens: int) -> Case:
@@ -64,12 +65,14 @@ def test_a_wrong_kernel_is_seen(name: str, old: str, new: str) -> None:
         run_case(partial(interpreted, change=(old, new)), case, seen=Seen(garbage=()))
 
 
-def run_cases(name: str, plan: AttentionPlan, count: int, record_property: Record) -> None:
+def run_cases(
+    name: str, plan: AttentionPlan, count: int, appends: int, record_property: Record
+) -> None:
     rng, constants = np.random.default_rng(zlib.crc32(f"gpu {name}".encode())), constants_of(plan)
     worst = 0.0
     for i in range(count):
         seen = Seen(garbage=(0xFF,) if i % 3 == 0 else ())  # the interpreter is slow
-        case = make_case(rng, plan, constants, most_columns=200, most_appends=3)
+        case = make_case(rng, plan, constants, most_columns=200, most_appends=appends)
         run_case(interpreted, case, seen=seen)
         worst = max(worst, seen.worst)
     record_property("cases of scripts through the GPU kernels in the interpreter, within P7", count)
