@@ -130,7 +130,7 @@ class Cache:
     @property
     def length(self) -> int:
         """Number of columns that every layer has, padding included. On a device it checks."""
-        self.kernels.check()
+        self.check()
         return min(layer.columns.length for layer in self.layers)
 
     @property
@@ -242,6 +242,13 @@ class Cache:
             raise
         return spans
 
+    def check(self) -> None:
+        """Refuse what a device found since the last check; on the CPU append itself refuses.
+
+        Raises: KvantError "non-finite" or "scale-overflow"; the cache must then be reset.
+        """
+        self.kernels.check([stream for layer in self.layers for stream in layer.streams])
+
     def truncate(self, n: int) -> None:
         """Forget the columns from n on, in every layer.
 
@@ -298,7 +305,7 @@ class Cache:
 
         Raises: KvantError "output-not-written"; on a device, what `Kernels.check` raises.
         """
-        self.kernels.check()
+        self.check()
         write_state(self, path)
 
     def _layer(self, layer: int, call: str) -> Layer:

@@ -14,19 +14,28 @@ _HIDDEN = (0, 0)
 
 
 class CudaLauncher:
-    """Kernels of all plans, loaded to torch's current device.
+    """Kernels of all plans, loaded to one device.
 
     Args:
         launches: by key, what launch.json says.
         files: verified bytes, "<key>/<kernel>.cubin".
+        device: as torch calls it, "cuda:0".
     """
 
-    def __init__(self, launches: Mapping[str, Mapping[str, Any]], files: Mapping[str, bytes]):
+    def __init__(
+        self,
+        launches: Mapping[str, Mapping[str, Any]],
+        files: Mapping[str, bytes],
+        device: str,
+    ) -> None:
         import torch
-        from cuda.core import Device, LaunchConfig, ObjectCode, Stream, launch
+        from cuda.core import LEGACY_DEFAULT_STREAM, Device, LaunchConfig, ObjectCode, Stream
+        from cuda.core import launch as start
 
-        self._torch, self._start, self._config, self._stream = torch, launch, LaunchConfig, Stream
-        self._device = Device(torch.cuda.current_device())
+        self._cuda, self._start, self._config = torch.cuda, start, LaunchConfig
+        self._stream, self._streams = Stream, {0: LEGACY_DEFAULT_STREAM}
+        self._index = int(device.partition(":")[2])
+        self._device = Device(self._index)
         self._device.set_current()
         self._kernels: dict[tuple[str, str], tuple[Any, int, int]] = {}
         for key, facts in launches.items():
@@ -43,8 +52,11 @@ class CudaLauncher:
         config = self._config(grid=grid, block=threads, shmem_size=shared)
         # Pointers and int64 are both eight bytes, as which a Python int is handed over.
         given = [x if isinstance(x, int) else x.data_ptr() for x in arguments]
-        current = self._torch.cuda.current_stream().cuda_stream
-        self._start(self._stream.from_handle(current), config, loaded, *given, *_HIDDEN)
+        with self._cuda.device(self._index):
+            handle = self._cuda.current_stream(self._index).cuda_stream
+            if handle not in self._streams:
+                self._streams[handle] = self._stream.from_handle(handle)
+            self._start(self._streams[handle], config, loaded, *given, *_HIDDEN)
 
 
 def read_launches(keys: Sequence[str], files: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:

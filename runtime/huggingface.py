@@ -321,6 +321,8 @@ class KvantCache(TransformersCache):  # type: ignore[misc]
                     fix="call cache.reset() and start again with the prompt",
                 )
             check_positions(call.keywords.get("position_ids"), start, layer.seen)
+            if layer.seen and self.packed is not None:
+                self.packed.check()
             if layer.seen == 0:
                 first = None if start is None else start.cpu().numpy()
                 self.packed = self.artifact.new_cache(

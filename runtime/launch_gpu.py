@@ -21,8 +21,10 @@ Array = NDArray[Any]
 Tensor: TypeAlias = Any
 Grid: TypeAlias = tuple[int, int, int]
 
-MOST_QUERIES = 1024
-"""Queries of one launch: more would need too much memory for the partial results."""
+MOST_QUERIES, LEAST_QUERIES = 1024, 16
+"""Queries of one launch, at most and at least."""
+PARTIAL_BYTES = 256 << 20
+"""What the partial results of one launch may take, where that leaves LEAST_QUERIES."""
 
 
 class Launcher(Protocol):
@@ -59,7 +61,6 @@ class Kernels:
             {name: memory.place(array) for name, array in constant_arguments(plan, own).items()}
             for plan, own in zip(plans, constants, strict=True)
         ]
-        self._flags: dict[tuple[str, int, str], Tensor] = {}
 
     @property
     def memory(self) -> Memory:
@@ -73,10 +74,10 @@ class Kernels:
             return
         values = self._stream_values(stream) | self._constants[layer]
         values |= {"x": x} | self._placed(first=first, count=count)
-        values |= {"bad": self._flag("append", layer, stream, batch), "tokens": tokens}
+        values |= {"bad": stream.bad[0], "tokens": tokens}
         tile = self._launch_facts(layer)["tokens"]["append"]
         self._call(
-            layer, f"append_{stream.plan.role}", (batch * heads, _tiles(tokens, tile)), values
+            layer, f"append_{stream.plan.role}", (_tiles(tokens, tile), batch * heads), values
         )
 
     def encode(self, layer: int, stream: Stream, begin: Ints, end: Ints) -> None:
@@ -86,9 +87,9 @@ class Kernels:
             return
         name = f"encode_{stream.plan.role}"
         values = self._stream_values(stream) | self._placed(begin=begin, end=end)
-        values |= {"bad": self._flag("encode", layer, stream, batch)}
+        values |= {"bad": stream.bad[1]}
         tile = self._launch_facts(layer)["tokens"][name]
-        self._call(layer, name, (batch * stream.plan.heads, _tiles(most, tile)), values)
+        self._call(layer, name, (_tiles(most, tile), batch * stream.plan.heads), values)
 
     def attend(self, layer: int, q: Tensor, k: Stream, v: Stream) -> tuple[Tensor, Tensor]:
         """Return output and log-sum-exp; see `stream.Kernels`."""
@@ -97,9 +98,9 @@ class Kernels:
             return self._memory.zeros((*q.shape[:3], v.plan.channels)), self._memory.zeros(
                 q.shape[:3]
             )
-        parts = []
-        for begin in range(0, queries, MOST_QUERIES):
-            end = min(queries, begin + MOST_QUERIES)
+        parts, step = [], self._queries_at_once(layer, k, batch)
+        for begin in range(0, queries, step):
+            end = min(queries, begin + step)
             # These are the last queries of a row that ends where they end.
             length = k.length - (queries - end)
             parts.append(self._attend(layer, q[:, :, begin:end].contiguous(), k, v, length))
@@ -108,12 +109,23 @@ class Kernels:
         outs, lses = zip(*parts, strict=True)
         return self._memory.join(outs), self._memory.join(lses)
 
+    def _queries_at_once(self, layer: int, k: Stream, batch: int) -> int:
+        """Return how many queries of each row one launch may take."""
+        plan = self._plans[layer]
+        row = 4 * self._splits(layer, k.length) * (plan.v.channels + 2)
+        most = PARTIAL_BYTES // (row * batch * plan.q_heads)
+        return max(LEAST_QUERIES, min(MOST_QUERIES, most))
+
+    def _splits(self, layer: int, length: Ints) -> int:
+        sink, size = self._plans[layer].k.tokens.sink, self._launch_facts(layer)["split_tokens"]
+        return max(1, _tiles(int(length.max()) - sink, size))
+
     def _attend(
         self, layer: int, q: Tensor, k: Stream, v: Stream, length: Ints
     ) -> tuple[Tensor, Tensor]:
         plan, facts = self._plans[layer], self._launch_facts(layer)
         batch, heads, queries, _ = q.shape
-        splits = max(1, _tiles(int(length.max()) - plan.k.tokens.sink, facts["split_tokens"]))
+        splits = self._splits(layer, length)
         needed = queries * plan.group
         kernel = "attend" if needed <= facts["rows"]["attend"] else "attend_block"
         tiles = _tiles(needed, facts["rows"][kernel])
@@ -136,25 +148,22 @@ class Kernels:
         self._call(layer, "combine", (groups, _tiles(needed, facts["rows"]["combine"])), values)
         return out, lse
 
-    def check(self) -> None:
+    def check(self, streams: Sequence[Stream]) -> None:
         """Wait for the device, and refuse what append or encode could not store.
 
         Raises: KvantError "non-finite" or "scale-overflow".
         """
-        for (kernel, layer, role), flag in self._flags.items():
-            found = self._memory.fetch(flag).copy()
-            if found.any():
-                flag[...] = 0
-                raise _refusal(kernel, layer, role, int(np.flatnonzero(found)[0]))
-
-    def _flag(self, kernel: str, layer: int, stream: Stream, batch: int) -> Tensor:
-        """Return the flags of a kernel, int64[B H]; they stay until `check` reads them."""
-        name = (kernel, layer, stream.plan.role)
-        count = batch * stream.plan.heads
-        have = self._flags.get(name)
-        if have is None or have.shape[0] < count:
-            have = self._flags[name] = self._memory.place(np.zeros(count, np.int64))
-        return have
+        found = self._memory.fetch(self._memory.flat([stream.bad for stream in streams]))
+        if not found.any():
+            return
+        for stream in streams:
+            stream.bad[...] = 0
+        at = 0
+        for number, stream in enumerate(streams):
+            own = found[at : at + 2 * stream.bad.shape[1]].reshape(2, -1)
+            if own.any():
+                raise _refusal(number // 2, stream, own)
+            at += own.size
 
     def _call(
         self, layer: int, kernel: str, grid: Sequence[int], values: Mapping[str, Any]
@@ -180,7 +189,7 @@ class Kernels:
         """Return a stream's arguments; of its table only the columns in use are sent."""
         used = 1 + int(np.flatnonzero((stream.table >= 0).any(axis=0)).max(initial=0))
         values = stream_values(stream)
-        table = np.ascontiguousarray(stream.table[:, :used])
+        table = stream.table[:, :used].copy()
         role = stream.plan.role
         values |= {f"{role}_table": table, f"{role}_max_pages": used}
         return {
@@ -193,17 +202,24 @@ def _tiles(count: int, size: int) -> int:
     return -(-count // size)
 
 
-def _refusal(kernel: str, layer: int, role: str, place: int) -> KvantError:
-    if kernel == "append":
+def _refusal(layer: int, stream: Stream, found: Ints) -> KvantError:
+    """Return the first refusal of a stream's flags, int64[2, B H]: of append, then of encode."""
+    kernel = int(np.flatnonzero(found.any(axis=1))[0])
+    place = int(np.flatnonzero(found[kernel])[0])
+    row, head = divmod(place, stream.plan.heads)
+    role = stream.plan.role
+    if kernel == 0:
         return KvantError(
             "non-finite",
-            f"{role} was NaN or infinite in its raw type after its maps, row and head {place}",
+            f"{role} was NaN or infinite in {stream.plan.tokens.raw.dtype} after its maps, row "
+            f"{row}, head {head}, token {int(found[kernel, place]) - 1} of those given",
             where=f"layer {layer}, an append since the last check",
             fix="find out why the model gave such values; the cache must be reset",
         )
     return KvantError(
         "scale-overflow",
-        f"a scale or value of {role} did not fit its type, row and head {place}",
+        f"a scale or value of {role} did not fit its type, row {row}, head {head}",
         where=f"layer {layer}, an encode since the last check",
-        fix="store scales as bf16 or f32, or rotate or scale the channels first",
+        fix="store scales as bf16 or f32, or rotate or scale the channels first; the cache must be "
+        "reset",
     )

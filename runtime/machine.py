@@ -28,12 +28,15 @@ _LLVM_NAMES = {
 def this_gpu() -> tuple[str | None, str]:
     """Return the kind of this machine's GPU, "sm_90"; or None, and why there is none."""
     try:
-        from cuda.core import Device
+        import torch
 
-        major, minor = Device().compute_capability
+        if not torch.cuda.is_available():
+            return None, "torch finds no NVIDIA GPU, or was built without CUDA"
+        major, minor = torch.cuda.get_device_capability()
     # Whatever the driver's libraries raise where there is no driver or no device.
     except Exception as error:
-        return None, f"no NVIDIA GPU was found: {str(error).splitlines()[0]}"
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        return None, f"no NVIDIA GPU was found: {reason}"
     return f"sm_{major}{minor}", ""
 
 
@@ -101,13 +104,13 @@ def _why_not_gpu(wanted: str, machine: Machine) -> str | None:
 
 
 def _why_not_package(package: str, wanted: str, kind: str) -> str | None:
-    """Compare as many parts of a version as are wanted, two at most: an ABI's promise."""
+    """Compare as many parts of a version as are wanted, two at most; "" takes any."""
     try:
         found = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return f"the package {package} is not installed (pip install 'kvant[{kind}]')"
     parts = wanted.split(".")[:2]
-    if found.split(".")[: len(parts)] != parts:
+    if wanted and found.split(".")[: len(parts)] != parts:
         return f"it was built for {package} {wanted}; installed is {found}"
     return None
 

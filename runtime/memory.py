@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from ..ir.errors import KvantError
 from .pages import PagePool, open_pool
 from .tensors import Kind, is_torch, kind_of_tensor, read_floats, write_floats, wrong_device
 
@@ -17,6 +18,8 @@ Array: TypeAlias = Any
 """A NumPy array or a torch tensor: both take slices, and a slice as the target of an assignment."""
 
 _FIRST_PAGES = 16
+ALIGNED = 16
+"""Bytes: at a multiple of it every array of a device begins."""
 
 
 class Memory(Protocol):
@@ -100,25 +103,45 @@ class TorchMemory:
 
     def zeros(self, shape: tuple[int, ...]) -> Array:
         """See `Memory`."""
-        import torch
-
-        return torch.zeros(shape, dtype=torch.float32, device=self.device)
+        return self._new("zeros", shape, "float32")
 
     def open_pool(self, page_bytes: int, capacity: int) -> PagePool:
         """Return a pool that begins small and doubles: kernels need its pages at one address."""
-        import torch
 
         def grown(count: int) -> Array:
-            return torch.zeros((count, page_bytes), dtype=torch.uint8, device=self.device)
+            return self._new("zeros", (count, page_bytes), "uint8")
 
         first = grown(min(capacity, _FIRST_PAGES))
         return PagePool(first, capacity, _doubling(grown))
 
     def empty(self, shape: tuple[int, ...]) -> Array:
         """Return f32 that is not set to anything."""
+        return self._new("empty", shape, "float32")
+
+    def _new(self, how: str, shape: tuple[int, ...], dtype: str) -> Array:
+        """Return a tensor that may be written inside torch.inference_mode and outside.
+
+        Raises: KvantError "out-of-memory".
+        """
         import torch
 
-        return torch.empty(shape, dtype=torch.float32, device=self.device)
+        try:
+            with torch.inference_mode(False):
+                new: Array = getattr(torch, how)
+                return new(shape, dtype=getattr(torch, dtype), device=self.device)
+        except torch.OutOfMemoryError as error:
+            raise KvantError(
+                "out-of-memory",
+                f"{self.device} has no room for {list(shape)} of {dtype}",
+                where="cache",
+                fix="use a smaller batch or shorter rows, or free memory of the device",
+            ) from error
+
+    def flat(self, parts: Sequence[Array]) -> Array:
+        """Return all numbers of some tensors, one after another."""
+        import torch
+
+        return torch.cat([part.reshape(-1) for part in parts])
 
     def join(self, parts: Sequence[Array]) -> Array:
         """Return [B, H, T, ...] of parts of T."""
@@ -136,7 +159,8 @@ class TorchMemory:
         """See `Memory`."""
         import torch
 
-        return x[torch.from_numpy(np.ascontiguousarray(index)).to(self.device)]
+        with torch.inference_mode(False):
+            return x[torch.from_numpy(np.ascontiguousarray(index)).to(self.device)]
 
     def fetch(self, x: Array) -> NDArray[Any]:
         """Return a copy on the host."""
@@ -144,22 +168,22 @@ class TorchMemory:
         return copy
 
     def place(self, x: NDArray[Any]) -> Array:
-        """Return a copy on the device, without waiting for what runs there.
-
-        Memory that is not pinned is read before the call returns, so x may change afterwards.
-        """
+        """Return a copy on the device. CUDA stages small ones without waiting for the device."""
         import torch
 
-        return torch.from_numpy(np.ascontiguousarray(x)).to(self.device, non_blocking=True)
+        with torch.inference_mode(False):
+            return torch.from_numpy(np.ascontiguousarray(x)).to(self.device, non_blocking=True)
 
     def read_floats(self, name: str, value: object) -> tuple[Array, Kind]:
         """Take a tensor of this device, or a NumPy array; a tensor from elsewhere is refused."""
         if is_torch(value):
             tensor: Any = value
-            if str(tensor.device) != self.device:
+            if str(tensor.device) != self.device or str(tensor.layout) != "torch.strided":
                 raise wrong_device(name, tensor, self.device)
             kind = kind_of_tensor(name, tensor)
-            return tensor.detach().float().contiguous(), kind
+            x = tensor.detach().float().contiguous()
+            # Kernels are compiled for arrays that begin at a multiple of 16 bytes.
+            return (x.clone() if x.data_ptr() % ALIGNED else x), kind
         array, kind = read_floats(name, value)
         return self.place(array), kind
 

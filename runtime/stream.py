@@ -13,6 +13,7 @@ kernel may read. An append writes there first and moves `length` and `encoded` l
 on the way leaves the stream as it was.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -47,6 +48,7 @@ class Stream:
         held: int64[B], begin of what the pages hold: n_sink plus whole pages; held <= encoded.
         encoded: int64[B], end of what the pages hold.
         length: int64[B], valid tokens.
+        bad: int64[2, B H]; what append and encode of a device could not store, for `check`.
     """
 
     plan: StreamPlan
@@ -61,6 +63,7 @@ class Stream:
     held: Ints
     encoded: Ints
     length: Ints
+    bad: Array
 
     @property
     def pages(self) -> Array:
@@ -108,8 +111,11 @@ class Kernels(Protocol):
         exception; how far outputs may be off, `ir/tolerance.py` says.
         """
 
-    def check(self) -> None:
+    def check(self, streams: Sequence[Stream]) -> None:
         """Refuse now what append or encode of a device found, without waiting, and could not say.
+
+        Args:
+            streams: k and v of each layer of one cache, in order.
 
         Raises: KvantError "non-finite" or "scale-overflow"; the cache must then be reset.
         """
@@ -148,6 +154,7 @@ def new_stream(
         held=np.full(batch, sinks, np.int64),
         encoded=np.full(batch, sinks, np.int64),
         length=np.zeros(batch, np.int64),
+        bad=memory.place(np.zeros((2, batch * plan.heads), np.int64)),
     )
 
 

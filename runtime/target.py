@@ -102,8 +102,8 @@ def build_kernels(
         from .launch_gpu import Kernels as GpuKernels
         from .memory import TorchMemory, current_device
 
-        launches = read_launches(keys, own)
-        launcher, memory = CudaLauncher(launches, own), TorchMemory(current_device())
+        launches, memory = read_launches(keys, own), TorchMemory(current_device())
+        launcher = CudaLauncher(launches, own, memory.device)
         return GpuKernels(plans, constants, keys, launches, launcher, memory)
     from .launch_cpu import Kernels as CpuKernels
 

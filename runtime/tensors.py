@@ -72,7 +72,8 @@ def wrong_device(name: str, tensor: Any, wanted: str) -> KvantError:
         f"{name} is a {tensor.layout} tensor on device {tensor.device}, expected torch.strided on "
         f"{wanted}",
         where=name,
-        fix=f"move it first, for example with {name}.{'cpu()' if wanted == 'cpu' else 'cuda()'}",
+        fix="move it first, for example with "
+        + (f"{name}.cpu()" if wanted == "cpu" else f'{name}.to("{wanted}")'),
     )
 
 

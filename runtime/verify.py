@@ -13,6 +13,7 @@ part; the random numbers are the same every time.
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -55,9 +56,9 @@ class _Shifted:
         """See `stream.Kernels`."""
         return self.kernels.memory
 
-    def check(self) -> None:
+    def check(self, streams: Sequence[Stream]) -> None:
         """See `stream.Kernels`."""
-        self.kernels.check()
+        self.kernels.check(streams)
 
     def append(self, layer: int, stream: Stream, x: Floats, first: Any, count: Any) -> None:
         """See `stream.Kernels`."""
@@ -130,6 +131,8 @@ def _check_layer(
     ]
     history: tuple[list[Floats], list[Floats]] = ([], [])
     results = []
+    # So many that with their group they fill more than the sixteen rows of a product of matrices.
+    queries = max(5, -(-17 // plan.group))
     for tokens in _steps(plan):
         k, v = (_values(rng, stream, tokens) for stream in (plan.k, plan.v))
         history[0].append(k)
@@ -141,9 +144,10 @@ def _check_layer(
             given = apply(stream.maps, np.concatenate(history[i], axis=2), constants)
             ours, theirs = (cache.layers[0].streams[i] for cache in caches)
             shares.append(_stored_share(ours, theirs, given))
-        q = rng.standard_normal((BATCH, plan.q_heads, min(tokens, 5), plan.k.channels))
+        q = rng.standard_normal((BATCH, plan.q_heads, min(tokens, queries), plan.k.channels))
         error = _computed_share(caches[0], reference, layer, plan, q.astype(np.float32))
         results.append((max(shares), error))
+        caches[0].check()
         if not max(shares) <= 1.0 or not error <= 1.0:
             _disagrees(artifact, layer, caches[0].length, max(shares), error, where)
     return results

@@ -32,8 +32,10 @@ TRITON = "3.9.0"
 MOST_GROUP = 64
 MOST_CHANNELS = 256
 WARPS = 4
+# Variables that the compiling process gets; others could change what is compiled.
+KEPT = ("PATH", "HOME", "TMPDIR", "LANG", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV")
 # What a machine needs to load the binaries, by major version.
-PACKAGES = {"cuda": {"cuda-core": "1", "torch": "2"}, "hip": {"torch": "2"}}
+PACKAGES = {"cuda": {"cuda-bindings": "", "cuda-core": "1", "torch": "2"}, "hip": {"torch": "2"}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +102,12 @@ def compile_gpu(source: Source, gpu: Gpu) -> dict[str, bytes]:
         job = {
             "target": (gpu.backend, gpu.arch, gpu.warp),
             "kernels": {
-                kernel.name: {"signature": kernel.signature(), "warps": WARPS}
+                kernel.name: {
+                    "signature": kernel.signature(),
+                    "warps": WARPS,
+                    # What is stored is that of NumPy to the bit: no product and sum in one.
+                    "fusion": kernel.name.startswith("attend"),
+                }
                 for kernel in source.kernels
             },
         }
@@ -126,8 +133,8 @@ def compile_gpu(source: Source, gpu: Gpu) -> dict[str, bytes]:
 
 
 def _run(folder: Path, gpu: Gpu) -> None:
-    """Compile the job of a folder, with an empty cache and nothing else of the environment."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("TRITON_")}
+    """Compile the job of a folder, with an empty cache and little else of the environment."""
+    kept = {name: os.environ[name] for name in KEPT if name in os.environ}
     environment = kept | {"TRITON_CACHE_DIR": str(folder / "cache")}
     command = [sys.executable, "-m", f"{__package__}.gpu_compile", str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)

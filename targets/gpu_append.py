@@ -16,17 +16,17 @@ def append(stream: StreamPlan) -> Kernel:
 
     Where a number is not finite, after the maps or after rounding to the raw type, `bad[b * H + h]`
     becomes 1 + a token that has one. Stored is past the row's length, so it is never read.
-    Grid: (B H, ceil(T / APPEND_ROWS)).
+    Grid: (ceil(T / APPEND_ROWS), B H).
     """
     kernel, role = Kernel(f"append_{stream.role}"), stream.role
     append_arguments(kernel, stream)
     for name in ("tokens", f"{role}_capacity"):
         kernel.scalar(name)
-    kernel.line("bh = tl.program_id(0).to(tl.int64)")
+    kernel.line("bh = tl.program_id(1).to(tl.int64)")
     kernel.line(f"b = bh // {stream.heads}")
     if stream.maps:
         kernel.line(f"h = bh % {stream.heads}")
-    kernel.line(f"t = tl.program_id(1) * {APPEND_ROWS} + tl.arange(0, {APPEND_ROWS})")
+    kernel.line(f"t = tl.program_id(0) * {APPEND_ROWS} + tl.arange(0, {APPEND_ROWS})")
     kernel.line("here = t < tl.load(count + b)")
     source = f"x + (bh * tokens + tl.load(first + b) + t)[:, None] * {stream.channels} + c[None, :]"
     load_block(kernel, source, stream.channels, "here")

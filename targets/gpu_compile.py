@@ -39,6 +39,7 @@ def main(folder: Path) -> None:
         hints = {(i,): [["tt.divisibility", POINTERS_ALIGNED]] for i in aligned}
         source = ASTSource(getattr(module, name), signature, {}, hints)
         options = {"num_warps": kernel["warps"], "num_stages": 1}
+        options["enable_fp_fusion"] = kernel["fusion"]
         made = triton.compile(source, target=target, options=options)
         binary = made.asm["cubin" if target.backend == "cuda" else "hsaco"]
         facts = {

@@ -28,7 +28,7 @@ def encode(stream: StreamPlan) -> Kernel:
     """Return the kernel that encodes positions [begin, end) of each row, whole groups.
 
     `bad[b * H + h]` becomes 1 where a scale or value does not fit its stored type.
-    Grid: (B H, ceil(most tokens of a row / tokens_at_once)).
+    Grid: (ceil(most tokens of a row / tokens_at_once), B H).
     """
     kernel, role, heads = Kernel(f"encode_{stream.role}"), stream.role, stream.heads
     for name in ("begin", "end", f"{role}_tail_first"):
@@ -37,10 +37,10 @@ def encode(stream: StreamPlan) -> Kernel:
     declare_pages(kernel, stream)
     kernel.array("bad", "int64")
     kernel.scalar(f"{role}_capacity")
-    kernel.line("bh = tl.program_id(0).to(tl.int64)")
+    kernel.line("bh = tl.program_id(1).to(tl.int64)")
     kernel.line(f"b = bh // {heads}")
     kernel.line(f"h = bh % {heads}")
-    kernel.line(f"start = tl.load(begin + b) + tl.program_id(1) * {tokens_at_once(stream)}")
+    kernel.line(f"start = tl.load(begin + b) + tl.program_id(0) * {tokens_at_once(stream)}")
     kernel.line("stop = tl.load(end + b)")
     for reader in readers_of(stream):
         if reader.is_stored:

@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import kvant
 from kvant.ir.errors import KvantError
 from kvant.runtime.machine import this_gpu
+from kvant.runtime.memory import TorchMemory
 from kvant.runtime.verify import verify
 from kvant.targets import TARGETS
 from kvant.targets.gpu import compile_gpu, emit, why_not
@@ -21,7 +23,7 @@ from kvant.targets.machines import GPUS
 from ..runtime.cache_bytes import stored_bytes
 from ..runtime.cache_runner import random_kv
 from .cpu_cases import KIVI, PLANS, constants_of, int_format, loaded, plan_of
-from .gpu_interpreter import interpreted
+from .gpu_interpreter import Interpreter, interpreted
 
 SECONDS = 60  # for one binary; ten on an idle machine
 SHAPE = kvant.Shape(heads=4, kv_heads=2, head_dim=64, dtype="f32")
@@ -89,18 +91,68 @@ def test_not_finite_is_refused_by_check() -> None:
     from kvant.runtime.cache import Cache
 
     plan = PLANS["kivi-2bit"]
-    kernels = interpreted([plan], [constants_of(plan)])
-    cache = Cache([plan], kernels, batch=2, max_tokens=64)
+    kernels = interpreted([plan] * 2, [constants_of(plan)] * 2)
+    cache, other = (Cache([plan] * 2, kernels, batch=2, max_tokens=64) for _ in range(2))
     k, v = random_kv(np.random.default_rng(0), plan, 2, 5)
-    cache.append(0, k, v)
-    kernels.check()
+    for layer in (0, 1):
+        cache.append(layer, k, v)
+    cache.check()
     v[1, 0, 3, 7] = np.nan
-    cache.append(0, k, v)
+    for layer in (0, 1):
+        cache.append(layer, k, v)
+    assert other.length == 0  # another cache of the same kernels has nothing to say
     with pytest.raises(KvantError) as caught:
         assert cache.length
     assert caught.value.code == "non-finite"
-    assert caught.value.what.startswith("v was NaN or infinite")
-    kernels.check()  # said once
+    assert caught.value.what == (
+        "v was NaN or infinite in f32 after its maps, row 1, head 0, token 3 of those given"
+    )
+    assert caught.value.where == "layer 0, an append since the last check"
+    cache.check()  # said once
+
+
+def test_many_queries_are_attended_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kvant.runtime.cache import Cache
+
+    plan = PLANS["ring"]
+    cache = Cache([plan], interpreted([plan], [constants_of(plan)]), batch=2, start=[0, 9])
+    rng = np.random.default_rng(3)
+    cache.append(0, *random_kv(rng, plan, 2, 50))
+    q = rng.normal(size=(2, plan.q_heads, 45, plan.k.channels)).astype(np.float32)
+    whole = cache.attend(0, q, return_lse=True)
+    launched, launch = [], Interpreter.launch
+    monkeypatch.setattr(
+        Interpreter, "launch", lambda self, *a: (launched.append(a[1]), launch(self, *a))
+    )
+    monkeypatch.setattr("kvant.runtime.launch_gpu.PARTIAL_BYTES", 1)
+    parts = cache.attend(0, q, return_lse=True)
+    assert launched.count("combine") == 3  # 16, 16 and 13 queries
+    for one, other in zip(whole, parts, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_tensors_made_in_inference_mode_may_be_written_outside() -> None:
+    memory = TorchMemory("cpu")
+    with torch.inference_mode():
+        made = [memory.zeros((2, 3)), memory.empty((4,)), memory.place(np.zeros(3))]
+        pool = memory.open_pool(64, 40)
+        taken = [pool.take() for _ in range(20)]  # the pool grows once
+    for x in (*made, pool.pages):
+        x[...] = 0
+    pool.give_back(taken[:1])
+    assert pool.take() == taken[0]
+
+
+def test_an_array_that_is_not_aligned_is_copied() -> None:
+    memory = TorchMemory("cpu")
+    x = torch.arange(9.0)[1:].reshape(1, 1, 2, 4)
+    read, _ = memory.read_floats("k", x)
+    assert read.data_ptr() % 16 == 0
+    assert torch.equal(read, x)
+    sparse = torch.eye(2).to_sparse()
+    with pytest.raises(KvantError) as caught:
+        memory.read_floats("k", sparse)
+    assert caught.value.code == "wrong-device"
 
 
 @pytest.mark.parametrize("name", ["int4-token-int", "int3-d96", "bfp", "slices", "maps"])
