@@ -29,18 +29,22 @@ def split_tokens(plan: AttentionPlan) -> int:
 
 
 def tile_tokens(plan: AttentionPlan) -> int:
-    """Return N: tokens of a tile; the wider a plane, the fewer, for the sake of shared memory."""
-    return {64: 64, 128: 32, 256: 16}[max(64, _widest(plan))]
+    """Return N: tokens of a tile; the more columns its planes have, the fewer."""
+    most = 8192 // _columns(plan)
+    return max(16, min(64, 1 << (most.bit_length() - 1)))
 
 
-def _widest(plan: AttentionPlan) -> int:
-    """Return the columns of the widest plane."""
-    return max(reader.width for s in (plan.k, plan.v) for reader in readers_of(s))
+def _columns(plan: AttentionPlan) -> int:
+    """Return the columns that a tile keeps in shared memory: all planes, or twice the widest."""
+    return max(
+        max(2 * max(r.width for r in readers), sum(r.width * r.part.planes for r in readers))
+        for readers in (readers_of(plan.k), readers_of(plan.v))
+    )
 
 
 def block_rows(plan: AttentionPlan) -> int:
-    """Return the rows (query, head of the group) of a tile of attend_block."""
-    return {64: 64, 128: 32, 256: 16}[max(64, _widest(plan))]
+    """Return the rows (query, head of the group) of a tile of attend_block: as many as tokens."""
+    return tile_tokens(plan)
 
 
 def decode_rows(plan: AttentionPlan) -> int:
