@@ -72,9 +72,8 @@ class Kernels:
         batch, heads, tokens, _ = x.shape
         if not batch or not tokens:
             return
-        values = self._stream_values(stream) | self._constants[layer]
-        values |= {"x": x} | self._placed(first=first, count=count)
-        values |= {"bad": stream.bad[0], "tokens": tokens}
+        values = _stream_values(stream) | self._constants[layer]
+        values |= {"x": x, "first": first, "count": count, "bad": stream.bad[0], "tokens": tokens}
         tile = self._launch_facts(layer)["tokens"]["append"]
         self._call(
             layer, f"append_{stream.plan.role}", (_tiles(tokens, tile), batch * heads), values
@@ -86,19 +85,14 @@ class Kernels:
         if most <= 0:
             return
         name = f"encode_{stream.plan.role}"
-        values = self._stream_values(stream) | self._placed(begin=begin, end=end)
-        values |= {"bad": stream.bad[1]}
+        values = _stream_values(stream) | {"begin": begin, "end": end, "bad": stream.bad[1]}
         tile = self._launch_facts(layer)["tokens"][name]
         self._call(layer, name, (_tiles(most, tile), batch * stream.plan.heads), values)
 
     def attend(self, layer: int, q: Tensor, k: Stream, v: Stream) -> tuple[Tensor, Tensor]:
         """Return output and log-sum-exp; see `stream.Kernels`."""
-        batch, _, queries, _ = q.shape
-        if not batch * queries:
-            return self._memory.zeros((*q.shape[:3], v.plan.channels)), self._memory.zeros(
-                q.shape[:3]
-            )
-        parts, step = [], self._queries_at_once(layer, k, batch)
+        queries = q.shape[2]
+        parts, step = [], self._queries_at_once(layer, k, q.shape[0])
         for begin in range(0, queries, step):
             end = min(queries, begin + step)
             # These are the last queries of a row that ends where they end.
@@ -134,8 +128,8 @@ class Kernels:
         empty = self._memory.empty
         out = empty((batch, heads, queries, plan.v.channels))
         lse = empty((batch, heads, queries))
-        values = self._stream_values(k) | self._stream_values(v) | self._constants[layer]
-        values |= self._placed(length_of=length) | {"q": q, "out": out, "lse": lse}
+        values = _stream_values(k) | _stream_values(v) | self._constants[layer]
+        values |= {"q": q, "length_of": length, "out": out, "lse": lse}
         values |= {
             "query": empty((groups * rows * plan.k.channels,)),
             "part_out": empty((groups * splits * rows * plan.v.channels,)),
@@ -176,26 +170,24 @@ class Kernels:
         self._launcher.launch(key, kernel, (whole[0], whole[1], whole[2]), arguments)
 
     def _argument(self, spec: str, values: Mapping[str, Any]) -> Any:
+        """Return one argument; arrays of the host are sent when a kernel asks for them."""
         name, _, dtype = spec.partition(":")
-        return self._memory.view(values[name], dtype) if dtype else int(values[name])
+        value = values[name]
+        if not dtype:
+            return int(value)
+        if isinstance(value, np.ndarray):
+            value = self._memory.place(value)
+        return self._memory.view(value, dtype)
 
     def _launch_facts(self, layer: int) -> Mapping[str, Any]:
         return self._launches[self._keys[layer]]
 
-    def _placed(self, **arrays: Ints) -> dict[str, Tensor]:
-        return {name: self._memory.place(array) for name, array in arrays.items()}
 
-    def _stream_values(self, stream: Stream) -> dict[str, Any]:
-        """Return a stream's arguments; of its table only the columns in use are sent."""
-        used = 1 + int(np.flatnonzero((stream.table >= 0).any(axis=0)).max(initial=0))
-        values = stream_values(stream)
-        table = stream.table[:, :used].copy()
-        role = stream.plan.role
-        values |= {f"{role}_table": table, f"{role}_max_pages": used}
-        return {
-            name: self._memory.place(value) if isinstance(value, np.ndarray) else value
-            for name, value in values.items()
-        }
+def _stream_values(stream: Stream) -> dict[str, Any]:
+    """Return a stream's arguments; of its table only the columns in use."""
+    used = 1 + int(np.flatnonzero((stream.table >= 0).any(axis=0)).max(initial=0))
+    role, table = stream.plan.role, stream.table[:, :used].copy()
+    return stream_values(stream) | {f"{role}_table": table, f"{role}_max_pages": used}
 
 
 def _tiles(count: int, size: int) -> int:
