@@ -5,7 +5,7 @@ import os
 # Triton reads it when it is imported. The compiler of kvant starts a process without it.
 os.environ["TRITON_INTERPRET"] = "1"
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -157,3 +157,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     last = len(SLOWEST)
     places = {name: place for place, name in enumerate(SLOWEST)}
     items.sort(key=lambda item: places.get(item.path.name, last))
+
+
+@pytest.fixture(scope="module")
+def one_torch_thread() -> Iterator[None]:
+    """Let torch compute in one thread: tiny models gain nothing by more."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -43,12 +43,7 @@ INT4 = Tokens(rest=Int(bits=4, axis="token", group=WIDTH))
 WINDOWED = Tokens(rest=Int(bits=4, axis="channel", group=8), sink=3, recent=16, flush="block")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 @pytest.fixture(scope="module")

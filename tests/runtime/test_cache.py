@@ -18,7 +18,8 @@ from kvant.runtime.launch_reference import Kernels
 from kvant.runtime.pages import open_pool
 
 from .cache_bytes import poison, stored_bytes
-from .cache_oracle import Array, Constants
+from .cache_interrupt import interrupting
+from .cache_oracle import Array
 from .cache_runner import Case, new_pair, random_kv, run_case
 
 D = 32
@@ -410,37 +411,17 @@ def test_overflow_in_the_maps_is_refused_before_anything_changes() -> None:
     assert cache.length == 0
 
 
-class Failing(Kernels):
-    """Kernels that raise at one call, counted over append and encode."""
-
-    def __init__(self, plan: AttentionPlan, constants: Constants, fail_at: int) -> None:
-        super().__init__([plan], [constants])
-        self.left = fail_at
-
-    def _count(self) -> None:
-        self.left -= 1
-        if self.left == 0:
-            raise KeyboardInterrupt
-
-    def append(self, *args: Any) -> None:
-        super().append(*args)
-        self._count()
-
-    def encode(self, *args: Any) -> None:
-        super().encode(*args)
-        self._count()
-
-
 @pytest.mark.parametrize("fail_at", [1, 2, 3, 4])
 def test_interruption_in_a_kernel_changes_nothing(fail_at: int) -> None:
     plan = make_plan(ENCODINGS["int4-channel"])
-    kernels = Failing(plan, {}, -1)
+    kernels = Kernels([plan], [{}])
+    countdown = interrupting(kernels)
     cache, never = (Cache([plan], kernels, max_tokens=512), make_cache(plan))
     k, v = values(plan, 200)
     q = queries(plan, 2)
     feed(cache, k[:, :, :150], v[:, :, :150])
     feed(never, k[:, :, :150], v[:, :, :150])
-    kernels.left = fail_at
+    countdown.left = fail_at
     with pytest.raises(KeyboardInterrupt):
         cache.append(0, k[:, :, 150:], v[:, :, 150:])
     assert cache.length == 150

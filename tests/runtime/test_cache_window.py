@@ -17,7 +17,8 @@ from kvant.runtime.pages import open_pool
 from kvant.runtime.stream import Stream, new_stream
 
 from .cache_bytes import poison, stored_bytes
-from .cache_oracle import Array, Constants
+from .cache_interrupt import interrupting
+from .cache_oracle import Array
 from .cache_random import make_case, random_plan
 from .cache_runner import Case, random_kv, run_case
 from .test_cache_state import sealed
@@ -393,40 +394,20 @@ def test_files_that_lie_about_a_ring_are_refused(tmp_path: Path, held: int, what
     assert what in refusal(lambda: restore(Source(), path))
 
 
-class Failing(Strict):
-    """Kernels that raise at one call, counted over append and encode."""
-
-    def __init__(self, plan: AttentionPlan, constants: Constants) -> None:
-        super().__init__([plan], [constants])
-        self.left = -1
-
-    def _count(self) -> None:
-        self.left -= 1
-        if self.left == 0:
-            raise KeyboardInterrupt
-
-    def append(self, *args: Any) -> None:
-        super().append(*args)
-        self._count()
-
-    def encode(self, *args: Any) -> None:
-        super().encode(*args)
-        self._count()
-
-
 @pytest.mark.parametrize("fail_at", [1, 2, 3, 4])
 def test_an_interruption_gives_nothing_back(fail_at: int) -> None:
     plan = plan_of(20)
-    kernels = Failing(plan, {})
+    kernels = Strict([plan], [{}])
+    countdown = interrupting(kernels)
     cache, never = Cache([plan], kernels, max_tokens=512), make_cache(plan)
     k, v = values(plan, 300)
     for each in (cache, never):
         feed(each, k, v, 80, 200)
     pages, held = used(cache), cache.layers[0].k.held.copy()
-    kernels.left = fail_at
+    countdown.left = fail_at
     with pytest.raises(KeyboardInterrupt):
         feed(cache, k, v, 300)
-    kernels.left = -1
+    countdown.left = -1
     assert used(cache) == pages == used(never)
     assert (cache.layers[0].k.held == held).all()
     assert np.array_equal(cache.attend(0, queries(120)), never.attend(0, queries(120)))

@@ -12,7 +12,7 @@ from kvant.ir.encodings import Int, Tokens  # noqa: E402
 from kvant.runtime.huggingface import attach, detach  # noqa: E402
 
 from ..targets.gpu_interpreter import interpreted  # noqa: E402
-from .test_huggingface import (  # noqa: E402
+from .tiny_models import (  # noqa: E402
     artifact_of,
     generate,
     left_padded,
@@ -25,12 +25,7 @@ from .test_huggingface import (  # noqa: E402
 INT8 = Tokens(rest=Int(bits=8, axis="token", group=16), sink=2)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 def on_gpu(artifact: Any) -> Any:

@@ -10,7 +10,7 @@ pytest.importorskip("transformers")
 from kvant.ir.encodings import Raw, Tokens  # noqa: E402
 from kvant.runtime.huggingface import attach  # noqa: E402
 
-from .test_huggingface import (  # noqa: E402
+from .tiny_models import (  # noqa: E402
     LAYERS,
     artifact_of,
     generate,
@@ -26,12 +26,7 @@ PAGE = 64
 BF16 = Tokens(rest=Raw("bf16"), raw=Raw("bf16"))
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 def sliding() -> Any:
