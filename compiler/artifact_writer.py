@@ -8,13 +8,12 @@ import hashlib
 import importlib.metadata
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .. import __version__
 from ..ir.errors import KvantError
-from ..ir.graph import Graph
 from ..ir.plan import AttentionPlan
 from ..ir.text import print_graph
 from ..runtime.manifest import (
@@ -29,47 +28,15 @@ from ..runtime.manifest import (
     id_of,
 )
 from ..runtime.plan_file import LayerEntry, write_plan
-from ..runtime.publish import publish_folder, refuse_existing
+from ..runtime.publish import publish_folder
 from ..runtime.strict_json import Json, canonical
 
 if TYPE_CHECKING:
-    from .capture import Layer, Model
-
-__all__ = ["refuse_existing", "write_artifact"]
+    from ..targets import Build
+    from .capture import Model
+    from .variants import Variant
 
 _TOOLS = ("numpy", "torch", "transformers", "apache-tvm", "apache-tvm-ffi")
-
-
-class Variant(Protocol):
-    """One rewritten graph, its plan, and the layers that use both."""
-
-    @property
-    def graph(self) -> Graph:
-        """The graph after all passes."""
-
-    @property
-    def plan(self) -> AttentionPlan:
-        """The plan read off it."""
-
-    @property
-    def layers(self) -> "tuple[Layer, ...]":
-        """The layers."""
-
-
-class Build(Protocol):
-    """What a target makes of one plan."""
-
-    @property
-    def target(self) -> str:
-        """Name of the target with its machine, "cpu-x86-64-v3"; the folder is called so."""
-
-    @property
-    def facts(self) -> Mapping[str, Json]:
-        """What a machine must have: kind, system, machine, features, glibc, packages, kernels."""
-
-    @property
-    def files(self) -> Mapping[str, bytes]:
-        """Content by file name."""
 
 
 def write_artifact(
@@ -78,13 +45,13 @@ def write_artifact(
     model: "Model",
     recipe: str,
     recipe_toml: str,
-    variants: Sequence[Variant],
+    variants: Sequence["Variant"],
     plans: Sequence[AttentionPlan],
     constants: Mapping[int, Mapping[str, np.ndarray]],
     weight_edits: Sequence[Mapping[str, Any]],
     weights: Mapping[str, Any],
     calibration: str | None,
-    targets: Mapping[str, Mapping[str, Build]],
+    targets: Mapping[str, Mapping[str, "Build"]],
 ) -> str:
     """Create the folder `out` and return the id of the artifact in it.
 
@@ -144,7 +111,7 @@ def _listed(data: bytes) -> Json:
     return {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
-def _entries(variants: Sequence[Variant], plans: Sequence[AttentionPlan]) -> list[LayerEntry]:
+def _entries(variants: Sequence["Variant"], plans: Sequence[AttentionPlan]) -> list[LayerEntry]:
     """Return one entry for each layer, in order of index."""
     entries = [
         LayerEntry(
@@ -156,7 +123,7 @@ def _entries(variants: Sequence[Variant], plans: Sequence[AttentionPlan]) -> lis
     return sorted(entries, key=lambda entry: entry.index)
 
 
-def _graphs(variants: Sequence[Variant]) -> bytes:
+def _graphs(variants: Sequence["Variant"]) -> bytes:
     """Return all graphs, each with its own "kvant 1" line, without the folders of locations."""
     texts = []
     for variant in variants:
@@ -187,7 +154,7 @@ def _constants(constants: Mapping[int, Mapping[str, np.ndarray]]) -> bytes:
 
 
 def _targets(
-    targets: Mapping[str, Mapping[str, Build]],
+    targets: Mapping[str, Mapping[str, "Build"]],
 ) -> tuple[dict[str, Json], dict[str, bytes]]:
     """Return the manifest's table of targets, and all their files by path in the artifact."""
     table: dict[str, Json] = {}
@@ -207,7 +174,7 @@ def _targets(
     return table, files
 
 
-def _target_facts(builds: Iterable[tuple[str, Build]]) -> dict[str, Json]:
+def _target_facts(builds: Iterable[tuple[str, "Build"]]) -> dict[str, Json]:
     """Return the facts of one target; kernels are named "<plan key>/<kernel>"."""
     facts: dict[str, Json] = {}
     kernels: dict[str, Json] = {}

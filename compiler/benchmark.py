@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from .bind import need
 from .debug import NUM_THREADS
+from .extras import need
 from .shape import Shape
 
 if TYPE_CHECKING:

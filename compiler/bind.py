@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ..ir.arrays import FloatName
 from ..ir.errors import KvantError
-from .extras import PACKAGED, find_packaged_smollm2, need
+from .extras import PACKAGED, need
 from .weights import (
     GgufWeights,
     ModuleWeights,
@@ -26,8 +26,6 @@ from .weights import (
     pickled,
     unreadable,
 )
-
-__all__ = ["ModelSource", "attention_modules", "find_packaged_smollm2", "need", "open_model"]
 
 _LOCAL = {"local_files_only": True, "trust_remote_code": False}
 

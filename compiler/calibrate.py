@@ -4,6 +4,8 @@ For each layer, head and channel, over all tokens but the first few of each sequ
 
     absmax = max_t |x[t]|          second moment = mean_t x[t]^2          x one of q, k, v
 
+and of k and v the largest |x[t]|, from which a threshold is taken that few values are beyond.
+
 The first tokens of a sequence are left out: their keys are far from all others in most models
 ("attention sinks"), and a range fitted to them fits nothing else. Everything runs in one thread and
 in a fixed order, so that the same machine gives the same bits.
@@ -20,7 +22,8 @@ from numpy.typing import NDArray
 from ..ir.errors import KvantError
 from ..ir.stats import LayerStats
 from ..runtime.model_call import Call, torch_attention
-from .bind import ModelSource, need
+from .bind import ModelSource
+from .extras import need
 from .texts import name_of
 
 IMPLEMENTATION = "kvant-record"
@@ -31,6 +34,7 @@ _ROWS = 8  # sequences that the model generates side by side
 _WINDOW = 256  # tokens of a sequence cut from a text
 _SKIPPED = 4  # first tokens of each sequence that are not recorded
 _LEAST_TOKENS = 64
+_LARGEST = 64  # values of a channel of k and v that are kept
 
 Tensor: TypeAlias = Any
 Float64 = NDArray[np.float64]
@@ -43,16 +47,23 @@ class Moments:
     Attributes:
         absmax: f64[H, D].
         squares: f64[H, D], sum of squares.
+        keep: how many of the largest values of each channel are kept; for queries none.
+        largest: f64[at most keep, H, D], |x|, descending.
     """
 
     absmax: Float64 | float = 0.0
     squares: Float64 | float = 0.0
+    keep: int = 0
+    largest: Float64 | None = None
 
     def add(self, x: Tensor) -> None:
         """Take in x [B, H, T, D]."""
         values = x.double()
-        self.absmax = np.maximum(self.absmax, values.abs().amax((0, 2)).numpy())
+        sizes = values.abs()
+        self.absmax = np.maximum(self.absmax, sizes.amax((0, 2)).numpy())
         self.squares = self.squares + values.square().sum((0, 2)).numpy()
+        if self.keep:
+            self.largest = _largest(self.largest, sizes, self.keep)
 
 
 @dataclass(slots=True)
@@ -72,10 +83,12 @@ class Recorder:
     ) -> Any:
         """Record q, k and v, [B, H, T, D], and attend."""
         layer = int(module.layer_idx)
-        moments = self.layers.setdefault(layer, (Moments(), Moments(), Moments()))
-        for moment, x in zip(moments, (query, key, value), strict=True):
-            moment.add(x[:, :, _SKIPPED:])
+        kept = (Moments(), Moments(keep=_LARGEST), Moments(keep=_LARGEST))
+        moments = self.layers.setdefault(layer, kept)
         seen = query.shape[0] * max(0, query.shape[2] - _SKIPPED)
+        for moment, x in zip(moments, (query, key, value), strict=True):
+            if seen:  # the last window of a text may be no longer than what is left out
+                moment.add(x[:, :, _SKIPPED:])
         self.tokens[layer] = self.tokens.get(layer, 0) + seen
         call = Call(module, keywords.get("scaling"), keywords)
         return torch_attention(query, key, value, mask, call), None
@@ -95,8 +108,20 @@ class Recorder:
                 v_absmax=peaks[2],
                 v_second_moment=means[2],
                 tokens=count,
+                k_largest=k.largest,
+                v_largest=v.largest,
             )
         return made
+
+
+def _largest(before: Float64 | None, sizes: Tensor, keep: int) -> Float64:
+    """Return the largest of what was kept [R, H, D] and of sizes [B, H, T, D], descending."""
+    import torch
+
+    rows = sizes.permute(0, 2, 1, 3).flatten(0, 1)
+    if before is not None:
+        rows = torch.cat([torch.from_numpy(before), rows])
+    return np.asarray(rows.topk(min(keep, len(rows)), 0).values.numpy())
 
 
 def calibrate(

@@ -23,7 +23,8 @@ from ..ir.errors import KvantError
 from ..ir.graph import Graph
 from ..ir.text import print_graph
 from ..ir.types import TensorType
-from .bind import ModelSource, attention_modules, need
+from .bind import ModelSource, attention_modules
+from .extras import need
 from .raise_fx import Site, raise_program
 
 HOOK = "kvant-capture"

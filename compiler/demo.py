@@ -13,13 +13,15 @@ from rich.markup import escape
 
 from ..ir.errors import KvantError
 from . import recipe as recipes
-from .bind import find_packaged_smollm2, open_model
+from .bind import open_model
 from .cli import QUIET
 from .driver import compile
+from .extras import find_packaged_smollm2
 from .facts import facts_of
 from .generation import generate
-from .quality import Quality, evaluate, interval
+from .quality import Quality, evaluate
 from .report import write_report
+from .statistics import interval
 from .tables import artifact_rows, quality_rows, table, working
 from .texts import demo_text
 

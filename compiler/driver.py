@@ -3,47 +3,31 @@
 import json
 import sys
 import time
-from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from ..ir.errors import KvantError
-from ..ir.graph import Graph
-from ..ir.plan import AttentionPlan, plan_from_graph
-from ..ir.stats import LayerStats
-from ..passes import PASSES
-from ..passes.weight_edits import weight_edits
+from ..ir.plan import AttentionPlan
+from ..ir.weight_edits import weight_edits
 from ..runtime.model_checks import sampled
+from ..runtime.publish import refuse_existing
 from . import recipe as recipes
 from .bind import ModelSource, open_model
-from .capture import Layer, Model, capture
+from .capture import Model, capture
 from .debug import DUMP_IR, DUMP_KERNELS, TRACE, write_dump
-from .pipeline import Trace, run, within
+from .layer_constants import compute_constants
 from .self_check import self_check
-from .shape import Shape, shape_model, shape_sinks
-from .weights import LayerWeights
+from .shape import Shape, shape_model
+from .variants import Variant, rewrite
 
 if TYPE_CHECKING:
     from ..runtime.artifact import Artifact
-    from ..targets import Target
-    from .artifact_writer import Build
+    from ..targets import Build, Target
 
 Progress = Callable[[str], None]
 _SAMPLED = 16  # weights of each layer that an artifact knows its model by
-
-
-@dataclass(frozen=True, slots=True)
-class Variant:
-    """One rewritten graph, and the layers that use it."""
-
-    graph: Graph
-    plan: AttentionPlan
-    traces: tuple[Trace, ...]
-    layers: tuple[Layer, ...]
 
 
 @dataclass(slots=True)
@@ -92,7 +76,7 @@ def compile(
 
     Raises: KvantError for everything that is wrong with the input; nothing is left behind.
     """
-    from .artifact_writer import refuse_existing, write_artifact
+    from .artifact_writer import write_artifact
 
     clock = Clock(progress)
     chosen, toml = recipes.load(recipe)
@@ -104,7 +88,7 @@ def compile(
     refuse_existing(path)
     clock.stage("rewrite")
     variants = rewrite(captured, chosen, dump_ir or DUMP_IR.get(), recipes.place(recipe, chosen))
-    constants, calibration = _constants(clock, variants, source, text, captured.facts)
+    constants, calibration = compute_constants(clock.stage, variants, source, text, captured.facts)
     plans, binaries = _kernels(clock, variants, resolved)
     clock.stage("write")
     identity = write_artifact(
@@ -213,165 +197,6 @@ def _capture(clock: Clock, model: Any) -> tuple[ModelSource | None, Model]:
     captured = capture(source)
     self_check(source, captured)
     return source, captured
-
-
-def rewrite(
-    model: Model,
-    recipe: recipes.Recipe,
-    dump: str | Path | None = None,
-    where: str | None = None,
-) -> tuple[Variant, ...]:
-    """Apply a recipe to every distinct (structure, storage) of a model.
-
-    Args:
-        model: captured.
-        recipe: what to do with it.
-        dump: folder for the graph after every pass; with several graphs, one folder for each.
-        where: how errors name the recipe, such as its file; by its name if not given.
-
-    Raises: KvantError if a pass changes no graph at all, or a rule matches nothing.
-    """
-    where = where or recipes.place(recipe, recipe)
-    streams = recipes.streams_of(recipe, len(model.layers), where)
-    groups: dict[Any, list[Layer]] = {}
-    for layer, (k, v) in zip(model.layers, streams, strict=True):
-        groups.setdefault((layer.structure, k, v), []).append(layer)
-    variants = []
-    for index, ((structure, k, v), layers) in enumerate(groups.items()):
-        graph = model.graphs[structure]
-        plan = plan_from_graph(graph)
-        store: dict[str, Any] = {
-            "window": recipe.window,
-            "context": model.facts.get("max_tokens"),
-            "dtype": model.facts["dtype"],
-        }
-        for stream, plain in ((k, plan.k), (v, plan.v)):
-            place = f"{where}: {plain.role}"
-            with within(place):
-                store[plain.role] = recipes.tokens(stream, plain.channels, place)
-        steps = [(item.name, item.options) for item in recipe.rewrite]
-        place = f"graph{index}" if len(groups) > 1 else ""
-        folder = Path(dump) / place if dump else None
-        with within(where):
-            traces = run(graph, [*steps, ("store", store), ("dead-code", {})], folder)
-            after = traces[-1].after
-            plan = _plan(after, recipe.compute)
-        variants.append(Variant(after, plan, traces, tuple(layers)))
-    _refuse_idle(variants, where)
-    if recipe.compute not in [variant.plan.compute for variant in variants]:
-        with within(where):
-            plan_from_graph(variants[0].graph, recipe.compute)
-    return tuple(variants)
-
-
-def _plan(graph: Graph, compute: Literal["float", "int"]) -> AttentionPlan:
-    """Return the plan; layers whose keys have no integer products (those kept) compute in float."""
-    try:
-        return plan_from_graph(graph, compute)
-    except KvantError as error:
-        if error.code != "integer-compute":
-            raise
-    return plan_from_graph(graph)
-
-
-def _refuse_idle(variants: list[Variant], where: str) -> None:
-    """A pass of the recipe that changed nothing anywhere is an error, not a shrug."""
-    for index, first in enumerate(variants[0].traces[:-1]):
-        if not all(_is_idle(variant, variant.traces[index]) for variant in variants):
-            continue
-        if first.name == "store":
-            windows = any(variant.plan.window for variant in variants)
-            raise KvantError(
-                "quantizes-nothing",
-                "every layer keeps its keys and values as they are"
-                + (": all of them have a sliding window" if windows else ""),
-                where=where,
-                fix='add `window = "quantize"` to the recipe'
-                if windows
-                else "give k or v a format with fewer bits",
-            )
-        raise KvantError(
-            "pass-changes-nothing",
-            f"pass {first.name} changed none of the model's layers",
-            where=where,
-            fix="remove it from the recipe, or choose a recipe for this kind of model",
-        )
-
-
-def _is_idle(variant: Variant, trace: Trace) -> bool:
-    """Whether a pass left a graph as it was; a ring in the model's dtype is not the recipe's."""
-    is_ring = variant.plan.window is not None and trace.options.get("window") == "keep"
-    return not trace.changed or is_ring
-
-
-def _refuse_without_weights(variants: tuple[Variant, ...]) -> None:
-    """Refuse passes that compute constants from weights or statistics: a shape has neither."""
-    wanting = {
-        trace.name: None
-        for variant in variants
-        for trace in variant.traces
-        if PASSES[trace.name].constants is not None and trace.changed
-    }
-    if wanting:
-        raise KvantError(
-            "needs-a-model",
-            f"pass {', '.join(wanting)} computes constants from weights, and a shape has none",
-            where="the model argument",
-            fix="compile a model, or choose a recipe without that pass",
-        )
-
-
-def _calibrate(
-    clock: Clock, source: ModelSource | None, variants: tuple[Variant, ...], text: str | None
-) -> tuple[Mapping[int, LayerStats], str | None]:
-    """Return the statistics that the passes of a recipe ask for, and what to call their text."""
-    wanting = {
-        trace.name
-        for variant in variants
-        for trace in variant.traces
-        if PASSES[trace.name].needs_stats(trace.options)
-    }
-    if not wanting or source is None:
-        return {}, None
-    from .calibrate import calibrate, named
-
-    clock.stage("calibrate")
-    return calibrate(source, text), named(text)
-
-
-def _constants(
-    clock: Clock,
-    variants: tuple[Variant, ...],
-    source: ModelSource | None,
-    text: str | None,
-    facts: Mapping[str, Any],
-) -> tuple[dict[int, dict[str, np.ndarray]], str | None]:
-    """Return by layer what each pass computes from weights and statistics; and the text's name.
-
-    Learned sinks are constants too: weights that the kernels read.
-    """
-    if source is None:
-        _refuse_without_weights(variants)
-    stats, name = _calibrate(clock, source, variants, text)
-    clock.stage("constants")
-    made: dict[int, dict[str, np.ndarray]] = {}
-    for variant in variants:
-        for layer in variant.layers:
-            sinks = variant.plan.sinks
-            weights: Any = shape_sinks(facts, layer.index)
-            if source is not None:
-                weights = LayerWeights(source, layer.prefix)
-            own: dict[str, np.ndarray] = {} if sinks is None else {sinks: weights[sinks]}
-            known = ChainMap(own, weights)  # a pass may build on the constants of earlier ones
-            for trace in variant.traces:
-                definition = PASSES[trace.name]
-                if definition.constants is not None and trace.changed:
-                    of_layer = stats.get(layer.index)
-                    own |= definition.constants(trace.before, known, of_layer, **trace.options)
-                if definition.check_constants is not None and trace.changed:
-                    definition.check_constants(trace.after, own)
-            made[layer.index] = own
-    return made, name
 
 
 def _edits(variants: tuple[Variant, ...]) -> list[dict[str, Any]]:

@@ -48,7 +48,7 @@ def smaller_from(plans: Iterable[AttentionPlan]) -> int | None:
     def spared(length: int) -> int:
         """Bytes less than in 16-bit floats; negative for more."""
         return sum(
-            times * (2 * length * _elements(plan) - plan.bytes(length))
+            times * (2 * length * plan.elements_per_token - plan.bytes(length))
             for plan, times in count.items()
         )
 
@@ -59,11 +59,6 @@ def smaller_from(plans: Iterable[AttentionPlan]) -> int | None:
             break
         found = length
     return found
-
-
-def _elements(plan: AttentionPlan) -> int:
-    """Return the numbers of one token in one layer."""
-    return plan.k.heads * (plan.k.channels + plan.v.channels)
 
 
 def _kept(plans: Iterable[AttentionPlan]) -> dict[str, Any]:

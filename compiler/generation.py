@@ -5,7 +5,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ..ir.errors import KvantError
-from .bind import ModelSource, need
+from .bind import ModelSource
+from .extras import need
 
 if TYPE_CHECKING:
     from ..runtime.artifact import Artifact

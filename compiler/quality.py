@@ -27,8 +27,10 @@ from numpy.typing import NDArray
 
 from ..ir.errors import KvantError
 from ..ir.plan import AttentionPlan, StreamPlan
-from .bind import ModelSource, need
+from .bind import ModelSource
 from .calibrate import token_ids
+from .extras import need
+from .statistics import Floats, kl, log_softmax, mean, p99, perplexity, with_interval
 from .texts import name_of
 
 if TYPE_CHECKING:
@@ -38,12 +40,8 @@ CONTEXT = 2048
 """Tokens of a window at most, prompt included; longer evaluations use several windows."""
 
 _NOISE_TOKENS = 128  # the reference is slow: the noise floor is measured on the first of them
-_RESAMPLES = 2000
-_RUN = 16  # neighbouring tokens that are drawn together, because their errors are alike
 
-Tensor: TypeAlias = Any
 Model: TypeAlias = Any
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -265,18 +263,6 @@ def _compare(full: Any, quantized: Any, truth: Any) -> tuple[Floats, ...]:
     return kl(log_p, log_q), -log_p[rows, truth], -log_q[rows, truth], agrees
 
 
-def log_softmax(logits: NDArray[Any]) -> Floats:
-    """Return log softmax over the last axis, in float64."""
-    x = logits.astype(np.float64)
-    x -= x.max(-1, keepdims=True)
-    return np.asarray(x - np.log(np.exp(x).sum(-1, keepdims=True)))
-
-
-def kl(log_p: Floats, log_q: Floats) -> Floats:
-    """Return KL(p || q) over the last axis, nats."""
-    return np.asarray((np.exp(log_p) * (log_p - log_q)).sum(-1))
-
-
 def _noise_floor(
     model: Model,
     artifact: "Artifact",
@@ -302,13 +288,13 @@ def _noise_floor(
 def _summary(
     scores: _Scores, artifact: "Artifact", protocol: Protocol
 ) -> dict[str, float | int | str]:
-    elements = sum(s.heads * s.channels for plan in artifact.plans for s in (plan.k, plan.v))
+    elements = sum(plan.elements_per_token for plan in artifact.plans)
     return {
-        **_with_interval("perplexity_full", scores.nll_full, perplexity),
-        **_with_interval("perplexity", scores.nll, perplexity),
-        **_with_interval("kl_mean", scores.kl, mean),
-        **_with_interval("kl_p99", scores.kl, p99),
-        **_with_interval("top1", scores.agrees.astype(np.float64), mean),
+        **with_interval("perplexity_full", scores.nll_full, perplexity),
+        **with_interval("perplexity", scores.nll, perplexity),
+        **with_interval("kl_mean", scores.kl, mean),
+        **with_interval("kl_p99", scores.kl, p99),
+        **with_interval("top1", scores.agrees.astype(np.float64), mean),
         "bits_per_element": 8.0 * scores.bytes / (scores.length * elements),
         "packed_share": packed_share(artifact.plans, protocol),
         "cache_bytes_per_token": scores.bytes / scores.length,
@@ -317,47 +303,6 @@ def _summary(
         "recipe": artifact.recipe,
         "target": artifact.target,
     }
-
-
-Statistic: TypeAlias = Callable[[Floats], float]
-
-
-def mean(values: Floats) -> float:
-    """Return the mean."""
-    return float(values.mean())
-
-
-def perplexity(losses: Floats) -> float:
-    """Return exp of the mean loss."""
-    return float(np.exp(losses.mean()))
-
-
-def p99(values: Floats) -> float:
-    """Return the 99th percentile."""
-    return float(np.quantile(values, 0.99))
-
-
-def _with_interval(name: str, values: Floats, statistic: Statistic) -> dict[str, float]:
-    """Return a statistic of all tokens with its interval: <name>, <name>_low, <name>_high."""
-    low, high = interval(values, statistic)
-    return {name: statistic(values), f"{name}_low": low, f"{name}_high": high}
-
-
-def interval(values: Floats, statistic: Statistic = mean, seed: int = 0) -> tuple[float, float]:
-    """Return the 95 % bootstrap interval of a statistic, by runs of neighbouring values.
-
-    Args:
-        values: f64[n], one for each token, in order.
-        statistic: of an array like it.
-        seed: of the resampling.
-    """
-    run = max(1, min(_RUN, len(values) // 8))
-    count = -(-len(values) // run)
-    begins = np.random.default_rng(seed).integers(0, len(values), (_RESAMPLES, count, 1))
-    drawn = (begins + np.arange(run)).reshape(_RESAMPLES, -1) % len(values)
-    found = [statistic(values[row]) for row in drawn[:, : len(values)]]
-    low, high = np.quantile(found, (0.025, 0.975))
-    return float(low), float(high)
 
 
 def packed_share(plans: Sequence[AttentionPlan], protocol: Protocol) -> float:

@@ -1,7 +1,7 @@
 """Recipes: TOML that becomes frozen records. An unknown key is an error, never a default.
 
 A recipe says which exact rewrites to apply, how keys and values are stored, and which layers
-differ. Shapes are not known here; `Stream.tokens(channels)` binds a stream to a head width.
+differ. Shapes are not known here; `tokens(stream, channels, where)` binds a stream to a head width.
 """
 
 import difflib
@@ -14,11 +14,20 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from ..ir.arrays import STORED
-from ..ir.encodings import Bfp, Format, Int, Raw, Tokens
+from ..ir.encodings import Format, Tokens
 from ..ir.errors import KvantError
 from ..passes import PASSES
 from .extras import need
-from .recipe_slices import SLICES, AnySlice, Table, bind_slices
+from .recipe_formats import (
+    SLICES,
+    AnySlice,
+    BfpTable,
+    IntTable,
+    RawTable,
+    SparseTable,
+    Table,
+    bind_slices,
+)
 
 try:
     from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -37,43 +46,20 @@ class _Window(Table):
     flush: Literal["group", "block"] = "group"
 
 
-class RawStream(_Window):
+class RawStream(RawTable, _Window):
     """Tokens kept in a floating-point dtype."""
 
-    format: Literal["bf16", "f16", "f32"]
 
-    def bind(self, channels: int, where: str) -> Format:
-        """Return the format for heads of `channels` channels."""
-        return Raw(self.format)
-
-
-class IntStream(_Window):
+class IntStream(IntTable, _Window):
     """Affine integers; `group = "head"` means one group over the whole head."""
 
-    format: Literal["int"]
-    bits: int = Field(ge=1, le=8)
-    axis: Literal["token", "channel"]
     group: int | Literal["head"]
-    zero: Literal["none", "int", "float"] = "float"
-    params: Literal["f16", "bf16", "f32"] = "f16"
-    clip: float = Field(default=1.0, gt=0.0, le=1.0)
-
-    def bind(self, channels: int, where: str) -> Format:
-        """Return the format for heads of `channels` channels."""
-        group = channels if self.group == "head" else int(self.group)
-        return Int(self.bits, self.axis, group, self.zero, self.params, self.clip)
 
 
-class BfpStream(_Window):
-    """Block floating point along the channels."""
+class BfpStream(BfpTable, _Window):
+    """Block floating point; `block = "head"` means one block over the whole head."""
 
-    format: Literal["bfp"]
-    mantissa: int = Field(ge=2, le=8)
     block: int | Literal["head"]
-
-    def bind(self, channels: int, where: str) -> Format:
-        """Return the format for heads of `channels` channels."""
-        return Bfp(self.mantissa, channels if self.block == "head" else int(self.block))
 
 
 class SlicesStream(_Window):
@@ -284,6 +270,7 @@ def _refusal(error: ValidationError, where: str) -> KvantError:
 def _keys(loc: tuple[int | str, ...]) -> list[str]:
     """Return the keys that are legal where `loc` points."""
     models: dict[str, type[BaseModel]] = {"rule": Rule, "slices": SlicesStream}
+    models["sparse"] = SparseTable
     models |= {"int": IntStream, "bfp": BfpStream, **dict.fromkeys(STORED, RawStream)}
     if "slice" in loc:
         models |= SLICES

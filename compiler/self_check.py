@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from ..ir.errors import KvantError
 from ..ir.evaluate import State, evaluate
 from ..ir.graph import Graph
-from .bind import ModelSource, attention_modules, need, open_model
+from .bind import ModelSource, attention_modules, open_model
 from .capture import Model, capture, without_locations
+from .extras import need
 
 TOLERANCE = 2e-6  # of max |difference| / max |torch's output|, torch computing in fp32
 STEPS = (11, 3)  # tokens of the prompt and of the step after it; more than SMALL_WINDOW

@@ -8,7 +8,7 @@ undone after attend, hits weight and bias alike, and is not folded past an op th
 commute with.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from .graph import Graph, Op, Value
 from .maps import ONLINE, Gather, Hadamard, Map, Scale, dual
@@ -18,13 +18,21 @@ Maps = tuple[Map, ...]
 Problem = tuple[int, str]  # the place of the op, what is wrong
 
 _AHEAD = "keep it online after rope, with its dual on q"
-_ILLEGAL = {
-    (Hadamard, "rms_norm"): f"a rotation does not commute with rms_norm; {_AHEAD}",
-    (Hadamard, "rope"): f"a rotation does not commute with rope; {_AHEAD}",
-    (Gather, "rope"): f"rope turns each channel pair at its own frequency; {_AHEAD}",
-    (Hadamard, "center"): f"a rotation does not commute with center; {_AHEAD}",
-    (Scale, "center"): "center subtracts the mean of the scaled channels; scale the norm weight",
-    (Scale, "rms_norm"): "rms_norm divides by the scaled norm; scale the norm weight instead",
+# (map, op that it would be folded past) -> why it may not be, what to do instead. A scale may pass
+# rope if it is equal within each pair: who makes the constant must see to that.
+NOT_PAST: dict[tuple[type[Map], str], tuple[str, str]] = {
+    (Hadamard, "rope"): ("a rotation does not commute with rope", _AHEAD),
+    (Hadamard, "center"): ("a rotation does not commute with center", _AHEAD),
+    (Hadamard, "rms_norm"): ("a rotation does not commute with rms_norm", _AHEAD),
+    (Gather, "rope"): ("rope turns each channel pair at its own frequency", _AHEAD),
+    (Scale, "center"): (
+        "center subtracts the mean of the scaled channels",
+        "scale the norm weight",
+    ),
+    (Scale, "rms_norm"): (
+        "rms_norm divides by the scaled norm",
+        "scale the norm weight instead",
+    ),
 }
 
 
@@ -40,8 +48,9 @@ def problems(graph: Graph) -> Iterator[Problem]:
             own = weight_maps(graph, op.args[1], "_rows") if op.name == "rms_norm" else ()
             rotated = [m for m in own if isinstance(m, Hadamard)]
             for m in (*folded(graph, op.args[0]), *rotated):
-                if reason := _ILLEGAL.get((type(m), op.name)):
-                    yield place, f"{print_attr(m)} is folded into the weight, but {reason}"
+                if (type(m), op.name) in NOT_PAST:
+                    said = "; ".join(NOT_PAST[type(m), op.name])
+                    yield place, f"{print_attr(m)} is folded into the weight, but {said}"
         if op.name == "cache_write":
             found, basis = applied(graph, op.args[0]), op.attr_as("basis", tuple)
             if found != basis:
@@ -72,8 +81,8 @@ def stored(graph: Graph, value: Value) -> Maps:
 
 def applied(graph: Graph, value: Value) -> Maps:
     """Return the maps that end in `value`: those folded into weights, then those online."""
-    online, end = _chain(graph, value, lambda op: op.name in ONLINE)
-    return (*folded(graph, end), *online)
+    online, end = maps_before(graph, value)
+    return (*folded(graph, end), *(map_of(graph, op) for op in online))
 
 
 def folded(graph: Graph, value: Value) -> Maps:
@@ -88,13 +97,12 @@ def folded(graph: Graph, value: Value) -> Maps:
 
 def undone(graph: Graph, value: Value) -> Maps | None:
     """Return the maps whose inverses are applied to attend's output; None where it is not seen."""
-    online: Maps = ()
-    while len(users := graph.users(value)) == 1 and users[0].name in ONLINE:
-        m, value = map_of(graph, users[0]), users[0].result
-        if isinstance(m, Gather):  # the inverse order is another constant
-            return None
-        online = (dual(m), *online)  # of these two kinds the dual is the inverse
-    for op in users[:1]:
+    ops, end = maps_after(graph, value)
+    maps = [map_of(graph, op) for op in ops]
+    if any(isinstance(m, Gather) for m in maps):  # the inverse order is another constant
+        return None
+    online = tuple(dual(m) for m in reversed(maps))  # of the other kinds the dual is the inverse
+    for op in graph.users(end)[:1]:
         merged = graph.users(op.result) if op.name == "merge_heads" else ()
         if merged and merged[0].name == "linear":
             columns = weight_maps(graph, merged[0].args[1], "_cols")
@@ -104,19 +112,36 @@ def undone(graph: Graph, value: Value) -> Maps | None:
 
 def weight_maps(graph: Graph, value: Value, side: str) -> Maps:
     """Return the maps on the rows (`_rows`) or columns (`_cols`) of a weight, first one first."""
-    maps, below = _chain(graph, value, lambda op: op.name in [name + side for name in ONLINE])
+    ops, below = maps_before(graph, value, side)
+    maps = tuple(map_of(graph, op) for op in ops)
     op = graph.producer(below)
     if op.name == "add":  # a norm weight moved by its offset before it is scaled
         return (*weight_maps(graph, op.args[0], side), *maps)
     return maps
 
 
-def _chain(graph: Graph, value: Value, is_map: Callable[[Op], bool]) -> tuple[Maps, Value]:
-    """Return the maps that end in `value`, first one first, and the value before them."""
-    maps: Maps = ()
-    while is_map(op := graph.producer(value)):
-        maps, value = (map_of(graph, op), *maps), op.args[0]
-    return maps, value
+def maps_before(graph: Graph, value: Value, side: str = "") -> tuple[tuple[Op, ...], Value]:
+    """Return the ops of the maps that end in `value`, first one first, and the value before them.
+
+    Args:
+        graph: that holds the value.
+        value: a stream, or a weight.
+        side: "" for online maps, "_rows" or "_cols" for those of a weight.
+    """
+    names, ops = [name + side for name in ONLINE], []
+    while (op := graph.producer(value)).name in names:
+        ops.append(op)
+        value = op.args[0]
+    return tuple(reversed(ops)), value
+
+
+def maps_after(graph: Graph, value: Value) -> tuple[tuple[Op, ...], Value]:
+    """Return the ops of the online maps that begin at `value`, and the value after them."""
+    ops: list[Op] = []
+    while len(users := graph.users(value)) == 1 and users[0].name in ONLINE:
+        ops += users
+        value = users[0].result
+    return tuple(ops), value
 
 
 def map_of(graph: Graph, op: Op) -> Map:

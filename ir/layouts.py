@@ -11,6 +11,7 @@ format's fields one after another, each at a multiple of 64 bytes, in this order
     scale zero        [P / gt, C / gc] in the array type of `params`
     exponent          u8[P, C / block]
     values            [P, C] of a raw format
+    index value       u8[P, n] and [P, n] of sparse entries, after the fields of the dense format
 
 Of slices, the fields of each one lie one after another, over its own channels, and are named with
 its number: "0.codes", "0.scale", "1.codes".
@@ -20,7 +21,7 @@ Codes are split in chunks of channels and never interleaved, so that one mask gi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import lcm, prod
@@ -28,13 +29,13 @@ from math import lcm, prod
 import numpy as np
 
 from .arrays import STORED, Array
-from .encodings import Bfp, Drop, Format, Int, Raw, Slices
+from .encodings import Bfp, Drop, Format, Int, Raw, SliceFormat, Slices, Sparse
 from .encodings.raw import check_integer
-from .encodings.slices import SliceFormat, with_prefix
+from .encodings.slices import with_prefix
 from .errors import KvantError
+from .planes import code_bits, pack_codes, plane_widths, unpack_codes
 
 ALIGN = 64
-CODE_BITS = (2, 3, 4, 8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,8 @@ class Field:
     """One array of a head block.
 
     Attributes:
-        name: "codes", "high", "scale", "zero", "exponent" or "values"; of slices, "1.codes".
+        name: "codes", "high", "scale", "zero", "exponent", "values", "index" or "value"; of slices,
+            "1.codes".
         dtype: NumPy name: "uint8", "uint16" (bf16), "float16", "float32".
         shape: [rows, columns]; rows are tokens, or groups of tokens.
         offset: bytes from the start of the head block.
@@ -67,14 +69,16 @@ class Part:
         prefix: of the names of its fields in the page: "1." of slice 1, empty without slices.
         first: channel.
         width: channels.
-        format: how they are stored; not slices.
+        format: how they are stored; of a sparse one, its dense format.
+        sparse: the sparse format, or None.
         fields: in a head block, named without the prefix; none where the channels are dropped.
     """
 
     prefix: str
     first: int
     width: int
-    format: SliceFormat
+    format: Raw | Int | Bfp | Drop
+    sparse: Sparse | None
     fields: tuple[Field, ...]
 
     @property
@@ -153,7 +157,9 @@ class PageLayout:
                 for name, field in fields.items()
                 if name.startswith(prefix)
             )
-            parts.append(Part(prefix, first, width, fmt, own))
+            sparse = fmt if isinstance(fmt, Sparse) else None
+            dense = fmt.dense if isinstance(fmt, Sparse) else fmt
+            parts.append(Part(prefix, first, width, dense, sparse, own))
             first += width
         return tuple(parts)
 
@@ -289,7 +295,11 @@ def _arrays(
         return []
     if isinstance(fmt, Raw):
         return [("values", STORED[fmt.dtype], (rows, channels))]
-    arrays = [(name, byte, (rows, width)) for name, width in _plane_widths(fmt, channels)]
+    if isinstance(fmt, Sparse):
+        shape = (rows, fmt.count)
+        entries = [("index", byte, shape), ("value", STORED[fmt.values], shape)]
+        return _arrays(fmt.dense, rows, channels) + entries
+    arrays = [(name, byte, (rows, width)) for name, width in plane_widths(fmt, channels)]
     if isinstance(fmt, Bfp):
         return [*arrays, ("exponent", byte, (rows, channels // fmt.block))]
     shape = (rows // fmt.group_tokens, channels // fmt.group_channels)
@@ -297,91 +307,27 @@ def _arrays(
     return [*arrays, *((name, STORED[fmt.params], shape) for name in names)]
 
 
-def code_bits(fmt: Int | Bfp) -> int:
-    """Return the bits of a stored code.
-
-    Raises: KvantError("no-layout") if no layout holds codes of that width.
-    """
-    bits = fmt.bits if isinstance(fmt, Int) else fmt.mantissa
-    if bits not in CODE_BITS:
-        raise KvantError(
-            "no-layout",
-            f"no page layout holds codes of {bits} bits",
-            where="page layout",
-            fix=f"use one of: {', '.join(str(b) for b in CODE_BITS)} bits",
-        )
-    return bits
-
-
-def _plane_widths(fmt: Int | Bfp, channels: int) -> list[tuple[str, int]]:
-    """Return (plane name, bytes a token) of the codes."""
-    bits = code_bits(fmt)
-    per_byte = 8 if bits == 3 else 8 // bits
-    if channels % per_byte:
-        raise KvantError(
-            "channels-do-not-pack",
-            f"{channels} channels of {bits} bits do not fill whole bytes",
-            where="page layout",
-            fix=f"use a multiple of {per_byte} channels, or 8 bits",
-        )
-    if bits == 3:
-        return [("codes", channels // 4), ("high", channels // 8)]
-    return [("codes", channels // per_byte)]
-
-
-def pack_plane(codes: Array, bits: int) -> Array:
-    """Pack codes of 1, 2, 4 or 8 bits [..., C] to bytes u8 [..., C * bits / 8].
-
-    With n = 8 / bits, byte j holds the channels j + i C/n, i = 0..n-1, at bit i * bits (low first).
-    """
-    per_byte = 8 // bits
-    chunks = codes.reshape(*codes.shape[:-1], per_byte, codes.shape[-1] // per_byte)
-    shifts = np.arange(per_byte, dtype=np.uint8)[:, None] * np.uint8(bits)
-    packed: Array = np.bitwise_or.reduce(chunks.astype(np.uint8) << shifts, axis=-2)
-    return packed
-
-
-def unpack_plane(packed: Array, bits: int) -> Array:
-    """Undo `pack_plane`: u8 [..., C * bits / 8] to codes u8 [..., C]."""
-    per_byte = 8 // bits
-    shifts = np.arange(per_byte, dtype=np.uint8)[:, None] * np.uint8(bits)
-    chunks = (packed[..., None, :] >> shifts) & np.uint8(2**bits - 1)
-    codes: Array = chunks.reshape(*packed.shape[:-1], per_byte * packed.shape[-1])
-    return codes
-
-
 def _to_planes(fmt: Format, fields: Mapping[str, Array]) -> dict[str, Array]:
     """Return the fields with codes packed to planes."""
-    if isinstance(fmt, Slices):
-        return {
-            prefix + name: plane
-            for prefix, _, part in _slices(fmt, 0)
-            if not isinstance(part, Drop)
-            for name, plane in _to_planes(part, with_prefix(prefix, fields)).items()
-        }
-    planes = dict(fields)
-    if isinstance(fmt, Raw) or "codes" not in planes:
-        return planes
-    bits, codes = code_bits(fmt), planes["codes"]
-    _plane_widths(fmt, codes.shape[-1])
-    if bits == 3:
-        return planes | {"codes": pack_plane(codes & 3, 2), "high": pack_plane(codes >> 2, 1)}
-    return planes | {"codes": pack_plane(codes, bits)}
+    return _each_slice(fmt, fields, pack_codes)
 
 
-def _from_planes(fmt: Format, planes: dict[str, Array]) -> dict[str, Array]:
+def _from_planes(fmt: Format, planes: Mapping[str, Array]) -> dict[str, Array]:
     """Return the planes as fields with one code a byte."""
-    if isinstance(fmt, Slices):
-        return {
-            prefix + name: array
-            for prefix, _, part in _slices(fmt, 0)
-            if not isinstance(part, Drop)
-            for name, array in _from_planes(part, with_prefix(prefix, planes)).items()
-        }
-    if isinstance(fmt, Raw):
-        return planes
-    bits = code_bits(fmt)
-    if bits == 3:
-        high = unpack_plane(planes.pop("high"), 1)
-        return planes | {"codes": unpack_plane(planes["codes"], 2) | (high << np.uint8(2))}
-    return planes | {"codes": unpack_plane(planes["codes"], bits)}
+    return _each_slice(fmt, planes, unpack_codes)
+
+
+def _each_slice(
+    fmt: Format,
+    arrays: Mapping[str, Array],
+    step: Callable[[Int | Bfp, dict[str, Array]], dict[str, Array]],
+) -> dict[str, Array]:
+    """Return the arrays of all slices, after `step(format, arrays)` where a slice has codes."""
+    done: dict[str, Array] = {}
+    for prefix, _, part in _slices(fmt, 0):
+        own = with_prefix(prefix, arrays)
+        dense = part.dense if isinstance(part, Sparse) else part
+        if isinstance(dense, Int | Bfp) and "codes" in own:
+            own = step(dense, own)
+        done |= {prefix + name: array for name, array in own.items()}
+    return done

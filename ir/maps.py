@@ -73,7 +73,7 @@ class Scale:
     """y[h, c] = x[h, c] * values[h, c], or divided by it with `inverse`.
 
     Attributes:
-        values: name of a float [H, D] constant without zeros.
+        values: name of a float [H, D] constant, all of it finite and above zero.
         inverse: divide instead of multiply.
     """
 
@@ -138,6 +138,25 @@ def hadamard_transform(x: Array) -> Array:
         half *= 2
     # A product, as kernels have it: queries under compute = int round alike to the last bit.
     return np.asarray(y * (1.0 / np.sqrt(channels)))
+
+
+def constant_problem(kind: str, constant: Array) -> str | None:
+    """Return why an array cannot be the constant of a map, or None if it can.
+
+    Args:
+        kind: "gather" or "scale".
+        constant: [H, D].
+    """
+    if kind == "scale":
+        is_positive = np.isfinite(constant).all() and (constant > 0.0).all()
+        return None if is_positive else "a scale is not a positive number"
+    if not np.issubdtype(constant.dtype, np.integer):
+        return f"its type is {constant.dtype}"
+    channels = np.arange(constant.shape[-1])
+    for head, row in enumerate(constant):
+        if not np.array_equal(np.sort(row), channels):
+            return f"the row of head {head} is no permutation of 0..{len(channels) - 1}"
+    return None
 
 
 def dual(m: Map) -> Map:
@@ -249,3 +268,8 @@ def _constant(name: str, x: Array, constants: Constants, repeat: int) -> Array:
             fix=f"pass shape ({heads // repeat}, {channels}): one row for {repeat} heads",
         )
     return np.repeat(value, repeat, axis=0)[:, None, :]
+
+
+def argument_name(constant: str, kind: str) -> str:
+    """Return how kernels and launchers call a constant; `kind` is "order" or "scale"."""
+    return f"{kind}_{''.join(c if c.isalnum() else '_' for c in constant)}"

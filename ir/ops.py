@@ -22,7 +22,7 @@ from .attrs import AttrValue
 from .encodings.tokens import Tokens
 from .errors import KvantError, nearest
 from .graph import Value
-from .maps import Gather, Hadamard, Scale, map_cols, map_heads, map_rows
+from .maps import Map, map_cols, map_heads, map_rows
 from .types import CacheType, Dim, TensorType, Type, add_sizes
 
 Arrays = tuple[Array, ...]
@@ -86,7 +86,7 @@ KINDS: dict[str, Callable[[object], bool]] = {
     "tuple of counts": lambda v: v != () and _all(v, lambda n: _is_int(n, 1)),
     "rope style (half, adjacent)": lambda v: v in rope.STYLES,
     "token encoding": lambda v: isinstance(v, Tokens),
-    "tuple of maps": lambda v: _all(v, lambda m: isinstance(m, Hadamard | Gather | Scale)),
+    "tuple of maps": lambda v: _all(v, lambda m: isinstance(m, Map)),
 }
 
 

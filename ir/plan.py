@@ -1,11 +1,7 @@
-"""What runtime and targets need to know of one attention structure, read off its rewritten graph.
+"""What runtime and targets need to know of one attention structure: what is stored, in which bytes.
 
-Where each part comes from:
-
-what stands between projection or RoPE and cache_write   online maps of the stream (append)
-what stands before attend's q                             q_maps (prepare)
-what stands after attend                                  out_maps (on the output)
-cache_write's `store`                                     tokens, formats, windows
+An artifact holds plans as JSON, one object a record, each with its "kind". A record checks itself,
+so what was read from a file is as sound as what `plan_from_graph` made.
 """
 
 from __future__ import annotations
@@ -16,14 +12,12 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Any, Literal
 
-from .basis import map_of
-from .encodings import Bfp, Drop, Int, Raw, Slice, Slices, Tokens
+from .attrs import ATTRS
+from .encodings import Int, Tokens
 from .encodings.raw import check_choice, check_integer
 from .errors import KvantError
-from .graph import Graph, Op, Value
 from .layouts import PageLayout, page_tokens
-from .maps import ONLINE, Gather, Hadamard, Map, Scale
-from .types import TensorType
+from .maps import Map
 
 TABLE_BYTES = 8
 # Bits of the integer queries for each code width: the products of a dot then fit 32 bits.
@@ -67,6 +61,11 @@ class StreamPlan:
                 fix=f"use pages of {page_tokens(self.tokens.rest)} tokens",
             )
 
+    @property
+    def elements_per_token(self) -> int:
+        """Numbers of one token, in all heads."""
+        return self.heads * self.channels
+
     def page_layout(self) -> PageLayout:
         """Return the bytes of a page. Raises: KvantError if no layout holds the format."""
         return PageLayout(self.page_tokens, self.heads, self.channels, self.tokens.rest)
@@ -100,13 +99,13 @@ class StreamPlan:
         """
         end = self.tokens.encoded_end(length)
         raw_tokens = min(length, self.tokens.sink) + max(0, length - end)
-        raw_bytes = raw_tokens * self.heads * self.channels * self.tokens.raw.itemsize
+        raw_bytes = raw_tokens * self.elements_per_token * self.tokens.raw.itemsize
         pages = ceil((end - self.held_from(length, window)) / self.page_tokens)
         return raw_bytes + pages * (self.page_layout().page_bytes + TABLE_BYTES)
 
     def bits_per_element(self, length: int, window: int | None = None) -> float:
         """Return the stored bits for each number of a cache of `length` tokens; 0 for none."""
-        elements = length * self.heads * self.channels
+        elements = length * self.elements_per_token
         return 8.0 * self.bytes(length, window) / elements if elements else 0.0
 
 
@@ -169,6 +168,11 @@ class AttentionPlan:
         return self.q_heads // self.k.heads
 
     @property
+    def elements_per_token(self) -> int:
+        """Numbers of one token: of its keys and its values, in all KV heads."""
+        return self.k.elements_per_token + self.v.elements_per_token
+
+    @property
     def query_bits(self) -> int | None:
         """Bits of q under compute = int, or None where q stays float."""
         rest = self.k.tokens.rest
@@ -208,21 +212,8 @@ class AttentionPlan:
             )
 
 
-KINDS: dict[str, type[Any]] = {
-    "attention": AttentionPlan,
-    "stream": StreamPlan,
-    "tokens": Tokens,
-    "raw": Raw,
-    "int": Int,
-    "bfp": Bfp,
-    "drop": Drop,
-    "slice": Slice,
-    "slices": Slices,
-    "hadamard": Hadamard,
-    "gather": Gather,
-    "scale": Scale,
-}
-KIND_OF = {cls: kind for kind, cls in KINDS.items()}
+PLAN_RECORDS: dict[str, type[Any]] = {"attention": AttentionPlan, "stream": StreamPlan} | ATTRS
+KIND_OF = {cls: kind for kind, cls in PLAN_RECORDS.items()}
 
 
 def _parsed(value: object, where: str) -> object:
@@ -249,14 +240,15 @@ def _from_json(value: Any, where: str) -> Any:
     if not isinstance(value, dict):
         return value
     kind = value.get("kind")
-    if not isinstance(kind, str) or kind not in KINDS:
-        raise _bad_plan(f"kind is {kind!r}; there are: {', '.join(KINDS)}", where)
-    names = [f.name for f in dataclasses.fields(KINDS[kind])]
+    if not isinstance(kind, str) or kind not in PLAN_RECORDS:
+        raise _bad_plan(f"kind is {kind!r}; there are: {', '.join(PLAN_RECORDS)}", where)
+    cls = PLAN_RECORDS[kind]
+    names = [f.name for f in dataclasses.fields(cls)]
     unknown = sorted(set(value) - {"kind", *names})
     missing = [name for name in names if name not in value]
     if unknown or missing:
         raise _bad_plan(f"{kind}: unknown keys {unknown}, missing keys {missing}", where)
-    return KINDS[kind](**{name: _from_json(value[name], f"{where}.{name}") for name in names})
+    return cls(**{name: _from_json(value[name], f"{where}.{name}") for name in names})
 
 
 def _bad_plan(what: str, where: str) -> KvantError:
@@ -275,125 +267,7 @@ def _check_number(where: str, name: str, value: object) -> None:
 
 
 def _check_maps(where: str, maps: object, channels: int) -> None:
-    if not isinstance(maps, tuple) or not all(
-        isinstance(m, Hadamard | Gather | Scale) for m in maps
-    ):
+    if not isinstance(maps, tuple) or not all(isinstance(m, Map) for m in maps):
         raise _bad_plan(f"maps are {maps!r}", where)
     for m in maps:
         m.check(channels, where)
-
-
-def plan_from_graph(graph: Graph, compute: Literal["float", "int"] = "float") -> AttentionPlan:
-    """Return the plan of a graph with one attention site.
-
-    Args:
-        graph: verified and rewritten; every cache_write has its final `store`.
-        compute: arithmetic of attend, see `AttentionPlan`.
-
-    Raises: KvantError("no-attention-site", "unsupported-attention", "basis-disagrees") where the
-        runtime cannot serve the graph, and what the records of the plan raise.
-    """
-    sites = graph.find("attend")
-    if len(sites) != 1:
-        raise KvantError(
-            "no-attention-site",
-            f"{len(sites)} attend operations",
-            where=f"graph @{graph.name}",
-            fix="pass a graph with exactly one",
-        )
-    site = sites[0]
-    if site.attr("causal") is not True:
-        raise _unsupported(graph, "attention that is not causal", "only causal attention is cached")
-    q, k_read, v_read = site.args[:3]
-    k, v = _stream(graph, k_read, "k"), _stream(graph, v_read, "v")
-    q_heads, _ = _head_shape(graph, q)
-    repeat = q_heads // k.heads
-    softcap, window = site.attr("softcap"), site.attr("window")
-    return AttentionPlan(
-        q_heads=q_heads,
-        scale=site.attr_as("scale", float),
-        softcap=None if softcap is None else site.attr_as("softcap", float),
-        window=None if window is None else site.attr_as("window", int),
-        q_maps=_maps_before(graph, q, repeat),
-        k=k,
-        v=v,
-        out_maps=_maps_after(graph, site.result, repeat),
-        compute=compute,
-        sinks=_sinks(graph, site),
-    )
-
-
-def _sinks(graph: Graph, site: Op) -> str | None:
-    """Return the name of the parameter that holds the learned sinks."""
-    if len(site.args) == 3:
-        return None
-    made = graph.producer(site.args[3])
-    if made.name != "param":
-        raise _unsupported(graph, f"sinks made by {made.name}", "use a parameter")
-    return made.attr_as("name", str)
-
-
-def _stream(graph: Graph, read: Value, role: str) -> StreamPlan:
-    """Return the stream that attend reads through `read`."""
-    reader = graph.producer(read)
-    if reader.name != "cache_read":
-        what = f"{reader.name} between cache_read and attend, on {role}"
-        raise _unsupported(graph, what, "move the map to q (for k) or to the output (for v)")
-    writer = graph.producer(reader.args[0])
-    if writer.name != "cache_write" or writer.attr("role") != role:
-        raise _unsupported(graph, f"{read} is not read from cache[{role}]", "write the role first")
-    heads, channels = _head_shape(graph, writer.args[0])
-    maps = _maps_before(graph, writer.args[0], 1)
-    basis = writer.attr_as("basis", tuple)
-    # Folded maps stand before the online ones: they are nearer to the weights.
-    if maps and basis[-len(maps) :] != maps:
-        raise KvantError(
-            "basis-disagrees",
-            f"cache[{role}] has the basis {basis}, but {maps} are applied to it",
-            where=f"graph @{graph.name}: {writer.result}",
-            fix="a pass that maps a stream must add the same map to its basis",
-        )
-    tokens = writer.attr_as("store", Tokens)
-    return StreamPlan(role, heads, channels, maps, tokens, page_tokens(tokens.rest))
-
-
-def _head_shape(graph: Graph, value: Value) -> tuple[int, int]:
-    """Return (heads, channels) of a value [B, H, T, D]."""
-    shape = value.type.shape if isinstance(value.type, TensorType) else ()
-    if len(shape) != 4 or not isinstance(shape[1], int) or not isinstance(shape[3], int):
-        fix = "heads and channels are axes 1 and 3, known numbers"
-        raise _unsupported(graph, f"{value} has the type {value.type}", fix)
-    return shape[1], shape[3]
-
-
-def _maps_before(graph: Graph, value: Value, repeat: int) -> tuple[Map, ...]:
-    """Return the maps that end in `value`, first one first."""
-    maps: list[Map] = []
-    op = graph.producer(value)
-    while op.name in ONLINE:
-        maps.append(_map(graph, op, repeat))
-        op = graph.producer(op.args[0])
-    return tuple(reversed(maps))
-
-
-def _maps_after(graph: Graph, value: Value, repeat: int) -> tuple[Map, ...]:
-    """Return the maps that begin at `value`, first one first."""
-    maps: list[Map] = []
-    users = graph.users(value)
-    while len(users) == 1 and users[0].name in ONLINE:
-        maps.append(_map(graph, users[0], repeat))
-        users = graph.users(users[0].result)
-    return tuple(maps)
-
-
-def _map(graph: Graph, op: Op, repeat: int) -> Map:
-    """Return the map of an online op; its constant must be one that an artifact can hold."""
-    constant = graph.producer(op.args[-1])
-    if op.name != "hadamard" and (constant.name != "param" or op.attr("repeat") != repeat):
-        what = f"{op.name} by {constant.name} with repeat {op.attr('repeat')}"
-        raise _unsupported(graph, what, f"use a parameter, and repeat {repeat}")
-    return map_of(graph, op)
-
-
-def _unsupported(graph: Graph, what: str, fix: str) -> KvantError:
-    return KvantError("unsupported-attention", what, where=f"graph @{graph.name}", fix=fix)

@@ -17,6 +17,9 @@ class LayerStats:
         v_absmax: largest |v|, f64[H, Dv].
         v_second_moment: mean of v^2, f64[H, Dv].
         tokens: how many tokens were seen, at least 1.
+        k_largest: the R largest |k| of each channel, descending, f64[R, H, D]; R is at most
+            `tokens`. None where they were not recorded.
+        v_largest: the same of v, f64[R, H, Dv].
     """
 
     k_absmax: Array
@@ -26,3 +29,5 @@ class LayerStats:
     v_absmax: Array
     v_second_moment: Array
     tokens: int
+    k_largest: Array | None = None
+    v_largest: Array | None = None

@@ -6,13 +6,21 @@ from typing import Any
 
 from ..ir.arrays import Array
 from ..ir.graph import Graph
-from .dead_code import dead_code
+from ..ir.rewrite import dead_code
 from .hadamard_qk import hadamard_qk
 from .hadamard_v import hadamard_v
 from .smooth_k import check_smooth_k, smooth_k, smooth_k_constants
 from .sort_k import check_sort_k, sort_k, sort_k_constants
 from .sort_v import check_sort_v, sort_v, sort_v_constants
 from .store import store, store_error_bound
+from .thresholds import (
+    check_threshold_k,
+    check_threshold_v,
+    threshold_k,
+    threshold_k_constants,
+    threshold_v,
+    threshold_v_constants,
+)
 
 
 def _never(options: Mapping[str, Any]) -> bool:
@@ -57,6 +65,8 @@ PASSES: dict[str, PassDef] = {
     "smooth-k": PassDef(smooth_k, True, smooth_k_constants, check_smooth_k, _always),
     "sort-k": PassDef(sort_k, True, sort_k_constants, check_sort_k, _by_stats),
     "sort-v": PassDef(sort_v, True, sort_v_constants, check_sort_v, _by_stats),
+    "threshold-k": PassDef(threshold_k, True, threshold_k_constants, check_threshold_k, _always),
+    "threshold-v": PassDef(threshold_v, True, threshold_v_constants, check_threshold_v, _always),
     "store": PassDef(store, bound=store_error_bound),
     "dead-code": PassDef(dead_code, exact=True),
 }

@@ -6,7 +6,7 @@ through the maps of the basis. Earlier constants are looked up in `weights` unde
 `kvant.<something>`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Literal, get_args
 
 import numpy as np
@@ -15,10 +15,11 @@ from ..ir.arrays import Array
 from ..ir.errors import KvantError
 from ..ir.evaluate import evaluate
 from ..ir.graph import Graph, Value
-from ..ir.maps import Hadamard, Map, Scale, apply
+from ..ir.maps import Hadamard, Map, Scale, apply, constant_problem
 from ..ir.rewrite import dead_code
 from ..ir.stats import LayerStats
-from .sites import Path, Site, find_site, fold_points, is_weight
+from ..ir.weight_edits import is_weight
+from .sites import Path, Site, find_site, fold_points
 
 Maps = tuple[Map, ...]
 SortKey = Literal["weight", "rms", "range", "fisher"]
@@ -48,17 +49,6 @@ def need_stats(stats: LayerStats | None, name: str) -> LayerStats:
         where=f"pass {name}",
         fix="compile a model with weights, or leave the pass out",
     )
-
-
-def check_word(name: str, option: str, value: object, known: Sequence[str]) -> None:
-    """Refuse an option that is not one of the known words. Raises: KvantError ("bad-option")."""
-    if value not in known:
-        raise KvantError(
-            "bad-option",
-            f"{option} is {value!r}",
-            where=f"pass {name}",
-            fix=f"use one of: {' '.join(known)}",
-        )
 
 
 def weight_value(graph: Graph, value: Value, weights: Mapping[str, Array]) -> Array:
@@ -165,6 +155,14 @@ def named_array(name: str, constants: Mapping[str, Array], shape: tuple[int, ...
     return array
 
 
+def check_positive(name: str, constants: Mapping[str, Array], shape: tuple[int, ...]) -> Array:
+    """Return scales, all of them positive numbers. Raises: KvantError ("bad-constant")."""
+    scales = named_array(name, constants, shape)
+    if problem := constant_problem("scale", scales):
+        raise bad_constant(name, problem, "use scales above 0")
+    return scales
+
+
 def order_by(size: Array) -> Array:
     """Return the channels of each head by ascending size, equal ones as they were, i64 [H, D]."""
     return np.argsort(size, axis=-1, kind="stable").astype(np.int64)
@@ -173,12 +171,8 @@ def order_by(size: Array) -> Array:
 def check_order(name: str, constants: Mapping[str, Array], heads: int, width: int) -> None:
     """Refuse an order whose rows are not permutations. Raises: KvantError ("bad-constant")."""
     order = named_array(name, constants, (heads, width))
-    if not np.issubdtype(order.dtype, np.integer):
-        raise bad_constant(name, f"its type is {order.dtype}", "use integers")
-    for head, row in enumerate(order):
-        if not np.array_equal(np.sort(row), np.arange(width)):
-            what = f"the row of head {head} is no permutation of 0..{width - 1}"
-            raise bad_constant(name, what, "name every channel once per head")
+    if problem := constant_problem("gather", order):
+        raise bad_constant(name, problem, "use integers that name every channel once per head")
 
 
 def bad_constant(name: str, what: str, fix: str) -> KvantError:

@@ -13,7 +13,7 @@ in: nothing.
 from ..ir.graph import Graph, Op, Value
 from ..ir.maps import Hadamard
 from ..ir.rewrite import Builder, rewrite
-from .hadamard_v import check_head_size
+from .checks import check_head_size
 from .sites import basis_of, check_once, emit_write, find_site
 
 

@@ -11,10 +11,10 @@ Source: SpinQuant (Liu et al., 2024), rotation R2 with a Hadamard matrix; QuaRot
 2024) in the per-head form on both sides. Differs from it in: nothing.
 """
 
-from ..ir.errors import KvantError
 from ..ir.graph import Graph, Op, Value
 from ..ir.maps import Hadamard
 from ..ir.rewrite import Builder, rewrite
+from .checks import check_head_size
 from .sites import (
     Site,
     basis_of,
@@ -57,21 +57,6 @@ def hadamard_v(graph: Graph) -> Graph:
         return None
 
     return rewrite(graph, rule)
-
-
-def check_head_size(width: int, graph: Graph) -> None:
-    """Refuse a head width without a Hadamard matrix of its own.
-
-    Raises: KvantError ("unsupported-head-size") that names the legal widths.
-    """
-    if width > 0 and width & (width - 1) == 0:
-        return
-    raise KvantError(
-        "unsupported-head-size",
-        f"a head of {width} channels has no Walsh-Hadamard matrix here",
-        where=f"graph @{graph.name}",
-        fix="leave the rotation out; legal head sizes are the powers of two",
-    )
 
 
 def _rows(b: Builder, weight: Value, site: Site) -> Value:

@@ -6,12 +6,15 @@ the site towards the weights, as far as the algebra allows:
                      pair-scale      scale           rotation      permutation
     split_heads      passes          passes          passes        passes
     rope             passes          refused         refused       refused
+    center           refused         refused         refused       passes
     rms_norm         its weight      its weight      refused       refused
-    linear, add      its rows        its rows        its rows      its rows
+    add              refused         refused         refused       refused
+    linear           its rows        its rows        its rows      its rows
 
 (`rms_norm` takes the map and ends the walk: what changes before a norm is normalised away.) What
-cannot be folded stays online, after RoPE on k and q. Source: research on the commutant of RoPE,
-and SpinQuant's names for the places; a shift of the keys is not built.
+cannot be folded stays online, after RoPE on k and q. What does not commute is said in ir/basis.py,
+by which graphs are verified; here is what that cannot see, and what is not built. Source: research
+on the commutant of RoPE, and SpinQuant's names for the places.
 """
 
 from collections.abc import Callable
@@ -19,47 +22,37 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from ..ir.arrays import Array
+from ..ir.basis import NOT_PAST
 from ..ir.encodings.tokens import Tokens
 from ..ir.errors import KvantError
 from ..ir.graph import Graph, Op, Value
-from ..ir.maps import ONLINE, Map
-from ..ir.rewrite import Builder
+from ..ir.maps import ONLINE, Gather, Hadamard, Map, Scale
+from ..ir.rewrite import Builder, rewrite
 from ..ir.rope import partner
+from ..ir.types import TensorType
+from ..ir.weight_edits import is_weight
 
-WEIGHT_VIEWS = ("slice_rows", "transpose_w")
-WEIGHT_EDITS = (
-    "scale_rows",
-    "scale_cols",
-    "gather_rows",
-    "gather_cols",
-    "hadamard_rows",
-    "hadamard_cols",
-)
 _STREAM = (*ONLINE, "rope", "rms_norm", "center", "split_heads", "add", "linear")
 
-# (kind of map, op it would have to pass) -> why it may not.
-_REFUSED = {
-    ("scale", "rope"): "a scale that differs inside a RoPE pair does not commute with RoPE",
-    ("rotation", "rope"): "RoPE turns every pair by its own angle, and a rotation mixes pairs",
-    ("permutation", "rope"): "RoPE turns channel c by the angle of c, so channels may not move",
-    ("shift", "rope"): "RoPE makes a constant shift depend on the position",
-    (
-        "rotation",
-        "rms_norm",
-    ): "the norm's weight differs per channel, and a rotation mixes channels",
-    (
-        "permutation",
-        "rms_norm",
-    ): "the norm's weight would have to move with the channels (not built)",
-    ("shift", "rms_norm"): "the norm divides by a size that the shift changes",
+Kind = Literal["pair-scale", "scale", "rotation", "permutation", "shift"]
+# The map of each kind; a shift, which is not built, has none.
+_MAP: dict[Kind, type[Map]] = {
+    "pair-scale": Scale,
+    "scale": Scale,
+    "rotation": Hadamard,
+    "permutation": Gather,
 }
-
+# (kind of map, op it would have to pass) -> why it may not, where NOT_PAST would let it.
+_REFUSED: dict[tuple[Kind, str], str] = {
+    ("scale", "rope"): "a scale that differs inside a RoPE pair does not commute with RoPE",
+    ("permutation", "rms_norm"): "not built: the norm's weight would have to move too",
+    **{(kind, "add"): "a bias added by an op of its own is not built" for kind in _MAP},
+}
 _NO_SHIFT = (
-    "a shift is not built; under a softcap or beside a learned sink a shift of the keys would not "
-    "even be exact"
+    "a shift is not built; RoPE would make it depend on the position, and under a softcap or "
+    "beside a learned sink a shift of the keys would not even be exact"
 )
 
-Kind = Literal["pair-scale", "scale", "rotation", "permutation", "shift"]
 EmitFold = Callable[[Builder, Value, Op], Value]
 
 
@@ -217,6 +210,28 @@ def emit_write(
     return b.copy(replace(op, attrs=tuple(sorted(attrs.items()))), (x,))[0]
 
 
+def scale_keys_online(graph: Graph, site: Site, new: Scale) -> Graph:
+    """Divide k by a constant [H, D] at append and multiply q by it in prepare, after RoPE.
+
+    Args:
+        graph: of a layer.
+        site: its attention site.
+        new: the map of the keys, with `inverse`; the queries get its dual.
+    """
+    shape = TensorType("f64", (site.heads, site.k.width))
+
+    def rule(b: Builder, op: Op, args: tuple[Value, ...]) -> Value | None:
+        if op == site.k_write:
+            k = b.emit("scale", args[0], b.param(new.values, shape), inverse=True, loc=op.loc)
+            return emit_write(b, op, k, (*basis_of(op), new))
+        if op == site.attend:
+            q = b.emit("scale", args[0], b.param(new.values, shape), repeat=site.group, loc=op.loc)
+            return b.copy(op, (q, *args[1:]))[0]
+        return None
+
+    return rewrite(graph, rule)
+
+
 def basis_of(write: Op) -> tuple[Map, ...]:
     """Return what was applied to a stream before storage, folded or online, first one first."""
     basis = write.attr("basis")
@@ -240,16 +255,6 @@ def with_folded(write: Op, path: Path, new: Map) -> tuple[Map, ...]:
     return (*folded, new, *basis_of(write)[len(folded) :])
 
 
-def is_weight(graph: Graph, value: Value) -> bool:
-    """Return whether a value is a parameter, seen through weight ops."""
-    op = graph.producer(value)
-    if op.name == "add":
-        return all(is_weight(graph, arg) for arg in op.args)
-    if op.name in WEIGHT_VIEWS + WEIGHT_EDITS:
-        return is_weight(graph, op.args[0])
-    return op.name == "param"
-
-
 def check_once(graph: Graph, write: Op, new: Map) -> None:
     """Refuse a map that the stream already has: its constant would have two meanings.
 
@@ -266,26 +271,25 @@ def check_once(graph: Graph, write: Op, new: Map) -> None:
 
 def _fold_walk(path: Path, kind: Kind) -> tuple[Op, ...] | str:
     """Return the fold points of a map, or why there are none."""
+    if kind == "shift":
+        return _NO_SHIFT
     if path.role == "out":
-        return _fold_walk_on(path, kind)
-    points: list[Op] = []
+        return _fold_walk_on(path)
     for op in reversed(path.source):
-        reason = _REFUSED.get((kind, op.name))
-        if reason:
+        if op.name == "linear" or (op.name == "rms_norm" and _MAP[kind] is Scale):
+            return (op,)
+        reason, _ = NOT_PAST.get((_MAP[kind], op.name), (None, ""))
+        if reason := reason or _REFUSED.get((kind, op.name)):
             return reason
         if op.name in ONLINE:
             return f"{op.name} {op.result} stands between the site and the weights"
-        if op.name in ("linear", "add", "rms_norm"):
-            points.append(op)
-        if op.name in ("linear", "rms_norm"):
-            return _NO_SHIFT if kind == "shift" else tuple(points)
     return "there is no projection; its values come from outside the graph"
 
 
-def _fold_walk_on(path: Path, kind: Kind) -> tuple[Op, ...] | str:
+def _fold_walk_on(path: Path) -> tuple[Op, ...] | str:
     names = tuple(op.name for op in path.source)
     if names == ("merge_heads", "linear"):
-        return _NO_SHIFT if kind == "shift" else path.source[1:]
+        return path.source[1:]
     return "the attention output does not go straight into a projection"
 
 

@@ -31,7 +31,7 @@ from ..ir.maps import Scale
 from ..ir.rewrite import Builder, rewrite
 from ..ir.stats import LayerStats
 from ..ir.types import TensorType
-from .constants import absmax, bad_constant, named_array, need_site, need_stats
+from .constants import absmax, bad_constant, check_positive, need_site, need_stats
 from .sites import (
     Kind,
     Path,
@@ -45,6 +45,7 @@ from .sites import (
     fold_refusal,
     folded_of,
     partners,
+    scale_keys_online,
     with_folded,
 )
 
@@ -69,7 +70,7 @@ def smooth_k(graph: Graph, *, alpha: float = 0.5) -> Graph:
     check_once(graph, site.k_write, new)
     of_q, of_k = _points(site)
     if not of_k:
-        return _online(graph, site, new)
+        return scale_keys_online(graph, site, new)
 
     def rule(b: Builder, op: Op, args: tuple[Value, ...]) -> Value | None:
         if op in of_q or op in of_k:
@@ -123,9 +124,7 @@ def check_smooth_k(graph: Graph, constants: Mapping[str, Array]) -> None:
     Raises: KvantError ("bad-constant") with the reason.
     """
     site = need_site(graph)
-    smooth = named_array(SMOOTH, constants, (site.heads, site.k.width))
-    if not (np.isfinite(smooth).all() and (smooth > 0.0).all()):
-        raise bad_constant(SMOOTH, "a scale is not a positive number", "use scales above 0")
+    smooth = check_positive(SMOOTH, constants, (site.heads, site.k.width))
     if site.k.rope is None:
         return
     other = smooth[:, partners(site.k.rope)]
@@ -169,22 +168,6 @@ def _shifted(b: Builder, weight: Value, op: Op, path: Path) -> Value:
         )
     shift = b.param(_shift_name(path), TensorType("f64", (path.heads, path.width)))
     return b.emit("add", weight, shift)
-
-
-def _online(graph: Graph, site: Site, new: Scale) -> Graph:
-    """Scale where there is no weight to fold into: k at append, q in prepare."""
-
-    def rule(b: Builder, op: Op, args: tuple[Value, ...]) -> Value | None:
-        shape = TensorType("f64", (site.heads, site.k.width))
-        if op == site.k_write:
-            k = b.emit("scale", args[0], b.param(SMOOTH, shape), inverse=True, loc=op.loc)
-            return emit_write(b, op, k, (*basis_of(op), new))
-        if op == site.attend:
-            q = b.emit("scale", args[0], b.param(SMOOTH, shape), repeat=site.group, loc=op.loc)
-            return b.copy(op, (q, *args[1:]))[0]
-        return None
-
-    return rewrite(graph, rule)
 
 
 def _kind(path: Path) -> Kind:

@@ -27,12 +27,12 @@ from ..ir.maps import Gather
 from ..ir.rewrite import Builder, rewrite
 from ..ir.stats import LayerStats
 from ..ir.types import TensorType
+from .checks import check_word
 from .constants import (
     SORT_KEYS,
     SortKey,
     absmax,
     check_order,
-    check_word,
     key_sensitivity,
     mapped,
     need_site,

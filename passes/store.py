@@ -21,7 +21,7 @@ from ..ir.encodings import Raw, Slices, Tokens
 from ..ir.errors import KvantError
 from ..ir.graph import Graph, Op, Value
 from ..ir.rewrite import Builder, rewrite
-from .constants import check_word
+from .checks import check_word
 from .sites import basis_of, emit_write, find_site
 
 

@@ -1,4 +1,10 @@
-"""What serves an artifact: loads and runs without any compiler."""
+"""What serves an artifact: loads and runs without any compiler.
+
+artifact      artifact folder manifest plan_file constants strict_json publish target machine
+cache         cache stream pages columns queries rollback state_file memory tensors
+kernels       launch_reference launch_cpu launch_gpu cuda arguments verify
+transformers  huggingface model_call model_checks model_edits model_mask
+"""
 
 from typing import TYPE_CHECKING, Any
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..ir.maps import Gather, Map, Scale
+from ..ir.maps import Gather, Map, Scale, argument_name
 from ..ir.plan import AttentionPlan
 from .stream import Stream
 
@@ -39,11 +39,7 @@ def constant_arguments(plan: AttentionPlan, constants: Mapping[str, Array]) -> d
     for m in maps:
         match m:
             case Gather(order=name):
-                arguments[_constant_name(name, "order")] = np.array(constants[name], np.int32)
+                arguments[argument_name(name, "order")] = np.array(constants[name], np.int32)
             case Scale(values=name):
-                arguments[_constant_name(name, "scale")] = np.array(constants[name], np.float64)
+                arguments[argument_name(name, "scale")] = np.array(constants[name], np.float64)
     return arguments
-
-
-def _constant_name(name: str, kind: str) -> str:
-    return f"{kind}_{''.join(c if c.isalnum() else '_' for c in name)}"

@@ -127,15 +127,12 @@ class Artifact:
 
     def full_bytes_per_token(self) -> int:
         """Return the bytes of a token in a cache of 16-bit floats, for comparison."""
-        return 2 * self._elements_per_token()
-
-    def _elements_per_token(self) -> int:
-        return sum(s.heads * s.channels for p in self.plans for s in (p.k, p.v))
+        return 2 * sum(plan.elements_per_token for plan in self.plans)
 
     def show(self) -> dict[str, Any]:
         """Return what `show` prints; bits and bytes are of a cache of SHOWN_CONTEXT tokens."""
         size = sum(plan.bytes(SHOWN_CONTEXT) for plan in self.plans)
-        elements = self._elements_per_token()
+        elements = sum(plan.elements_per_token for plan in self.plans)
         targets = self.manifest["targets"]
         return {
             "id": self.id,

@@ -46,9 +46,6 @@ from .tensors import (
     wrong_value,
 )
 
-__all__ = ["Cache", "Kernels", "Layer", "Source", "Stream", "restore"]
-
-
 Span = tuple[Ints, Ints]  # what the pages of a stream hold: positions [held, encoded) of each row
 
 
@@ -137,10 +134,6 @@ class Cache:
     def lengths(self) -> Ints:
         """int64[B], valid tokens of each row in those columns."""
         return self.layers[0].columns.counts_at(self.length).copy()
-
-    def layer_length(self, layer: int) -> int:
-        """Return the number of columns of one layer; it is ahead of `length` during a step."""
-        return self._layer(layer, "length").columns.length
 
     def append(self, layer: int, k: object, v: object, lengths: object = None) -> None:
         """Append T tokens to a layer.
@@ -297,7 +290,10 @@ class Cache:
                 take_rows(stream, rows)
 
     def bytes(self) -> int:
-        """Return the bytes in use: raw tokens in the plan's raw dtype, pages, and their tables."""
+        """Return the bytes in use: raw tokens in the plan's raw dtype, pages, and their tables.
+
+        Memory is more: sinks and tails are float32 always, and tails have room to grow.
+        """
         return sum(stream_bytes(stream) for layer in self.layers for stream in layer.streams)
 
     def save(self, path: str | PathLike[str]) -> None:

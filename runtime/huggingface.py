@@ -28,7 +28,7 @@ from ..ir.errors import KvantError
 from .model_call import Call, check_call, check_keywords, prompt_attention
 from .model_checks import attention_modules, check_model
 from .model_edits import edit_weights, restore_weights
-from .padding import check_positions, padding_mask, refuse_mask, same_start, start_of
+from .model_mask import check_positions, padding_mask, refuse_mask, same_start, start_of
 
 if TYPE_CHECKING:
     from .artifact import Artifact

@@ -19,9 +19,6 @@ from ..ir.errors import KvantError
 # Python names this flag only from 3.13 on; the value is the same on every Linux we support.
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 
-ALIGNMENT = 64
-"""Bytes; every page starts at a multiple of it."""
-
 
 @dataclass(slots=True)
 class PagePool:

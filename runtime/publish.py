@@ -80,7 +80,7 @@ def _publish(out: Path, files: Mapping[str, bytes]) -> None:
             refuse_existing(out)
             # A folder made by someone else since that line: rename fails, unless it is empty.
             os.rename(staging, out)
-            _flush_folder(parent)
+            flush_folder(parent)
         finally:
             os.close(lock)
     except BaseException:
@@ -105,7 +105,7 @@ def _write_tree(root: Path, files: Mapping[str, bytes]) -> None:
         folders.update(p for p in path.parents if p.is_relative_to(root))
         _write_file(path, data)
     for folder in sorted(folders, key=lambda p: len(p.parts), reverse=True):
-        _flush_folder(folder)
+        flush_folder(folder)
 
 
 def _write_file(path: Path, data: bytes) -> None:
@@ -119,7 +119,8 @@ def _write_file(path: Path, data: bytes) -> None:
         os.close(handle)
 
 
-def _flush_folder(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)

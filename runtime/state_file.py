@@ -28,6 +28,7 @@ from ..ir.plan import AttentionPlan, StreamPlan
 from . import strict_json
 from .columns import Columns, Ints, new_columns
 from .memory import Array
+from .publish import flush_folder
 from .stream import Stream, make_room, pages_before, take_pages
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def write_state(cache: "Cache", path: str | os.PathLike[str]) -> None:
             raise
         finally:
             os.close(handle)
-        _flush_folder(out.parent)
+        flush_folder(out.parent)
     except OSError as error:
         raise KvantError(
             "output-not-written",
@@ -376,14 +377,6 @@ def _open_partial(partial: Path) -> int:
         except BaseException:
             os.close(handle)
             raise
-
-
-def _flush_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _damaged(what: str, where: str) -> NoReturn:

@@ -321,5 +321,5 @@ def stream_bytes(stream: Stream) -> int:
     """Return the bytes in use: raw tokens in the plan's raw dtype, pages, and table entries."""
     pages = int((pages_before(stream, stream.encoded) - pages_before(stream, stream.held)).sum())
     raw = np.minimum(stream.length, stream.sinks) + np.maximum(stream.length - stream.encoded, 0)
-    token = stream.plan.heads * stream.plan.channels * stream.plan.tokens.raw.itemsize
+    token = stream.plan.elements_per_token * stream.plan.tokens.raw.itemsize
     return int(raw.sum()) * token + pages * (stream.layout.page_bytes + TABLE_BYTES)

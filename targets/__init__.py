@@ -1,4 +1,4 @@
-"""Targets: from a plan to kernels. TARGETS is the table; one file a target."""
+"""Targets: from a plan to kernels. TARGETS is the table; `source.py` says which file does what."""
 
 import difflib
 

@@ -12,7 +12,7 @@ from math import gcd
 
 from ..ir.plan import StreamPlan
 from .cpu_maps import write_maps
-from .cpu_text import Kernel, at, bits_as, cast, splat
+from .cpu_text import Kernel, at, bits_as, cast, rounded, splat
 from .kernel_text import append_arguments
 
 
@@ -96,21 +96,3 @@ def _write_check(kernel: Kernel, values: Iterable[str], width: int, lanes: int) 
         kernel.line(f"largest[0] = T.max(largest[0], largest[{i}])")
     with kernel.block("if largest[0] >= T.int32(0x7F800000)"):
         kernel.line("bad[bh] = T.Select(bad[bh] == T.int64(0), t + 1, bad[bh])")
-
-
-def rounded(value: str, dtype: str, lanes: int) -> str:
-    """Return f32 rounded to f16 or bf16, to nearest even, as f32."""
-    if dtype == "f16":
-        return cast("float32", cast("float16", value, lanes), lanes)
-    if dtype == "bf16":
-        bits = f"T.shift_left({bf16_bits(value, lanes)}, {splat('T.uint32(16)', lanes)})"
-        return bits_as("float32", bits, lanes)
-    return value
-
-
-def bf16_bits(value: str, lanes: int) -> str:
-    """Return the bfloat16 bits of f32, as u32. A NaN may wrap around: look for it before."""
-    bits = bits_as("uint32", value, lanes)
-    low, one, half = (splat(f"T.uint32({n})", lanes) for n in (16, 1, 32767))
-    odd = f"T.bitwise_and(T.shift_right({bits}, {low}), {one})"
-    return f"T.shift_right({bits} + {half} + {odd}, {low})"

@@ -14,24 +14,27 @@ all its rows, so it has no arithmetic of its own for each format. Rows of `query
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from ..ir.encodings import Drop, Raw
 from ..ir.plan import AttentionPlan
-from .cpu_codes import PageReader, Readers, readers_of
-from .cpu_regions import TILE_QUERIES, row_stride, stream_arguments, write_regions, write_split
+from .cpu_math import NEGATIVE
+from .cpu_pages import PageReader, Readers, readers_of
+from .cpu_regions import stream_arguments, write_regions, write_split
+from .cpu_rows import Rows, blocks, row_stride
 from .cpu_scores import (
-    Rows,
-    blocks,
     score_scratch,
     write_page_params,
     write_page_scores,
     write_raw_scores,
 )
 from .cpu_scores_int import chunk, uses_integers, write_page_scores_int
-from .cpu_softmax import NEGATIVE, write_softmax
+from .cpu_softmax import write_softmax
 from .cpu_text import Kernel, at, fma, number, splat
 from .cpu_values import value_scratch, write_page_values, write_raw_values
 
+# Queries of one item of attend_block.
+TILE_QUERIES = 8
 MOST_SCORE_ROWS = 8
 MOST_VALUE_ROWS = 4
 BLOCK_ROWS = 4
@@ -183,6 +186,9 @@ def write_decode_page(kernel: Kernel, readers: Readers) -> None:
     for reader in readers:
         with kernel.block(tokens):
             _decode_token(kernel, reader)
+        target = f"tile_values[t * {layout.channels} + channel]"
+        add = partial(kernel.line, f"{target} = {target} + entry")
+        reader.write_entries(kernel, f"{role}_t0", f"{role}_t1", add)
     for part in (part for part in layout.parts if isinstance(part.format, Drop)):
         with kernel.block(tokens), kernel.block(f"for j in T.unroll({part.width // 8})"):
             target = f"t * {layout.channels} + {part.first} + j * 8"

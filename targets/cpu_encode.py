@@ -1,19 +1,22 @@
 """The kernel encode of one stream: tail tokens to the packed fields of a page.
 
 Every quotient is taken in f64, as in ir/encodings, so that scales and codes are the same bits;
-the scale is rounded to its stored type first and codes are made from what was stored.
+the scale is rounded to its stored type first and codes are made from what was stored. Of a sparse
+part, the outliers of each token are found first; what is dense is encoded from the tokens cut to m
+(see `ir/encodings/sparse.py`), and the entries hold what that left.
 """
 
 from __future__ import annotations
 
 from math import gcd
 
-from ..ir.encodings import Bfp, Int, Raw
-from ..ir.layouts import code_bits
+import numpy as np
+
+from ..ir.encodings import Bfp, Int, Raw, Sparse
 from ..ir.plan import StreamPlan
-from .cpu_append import bf16_bits
-from .cpu_codes import PageReader, Readers, as_f32, declare_pages, open_page, readers_of
-from .cpu_text import Kernel, at, bits_as, cast, number, pure, rint, splat
+from ..ir.planes import ARRAYS, code_bits
+from .cpu_pages import PageReader, Readers, declare_pages, open_page, readers_of
+from .cpu_text import Kernel, as_f32, at, bits_as, cast, number, pure, rint, splat, to_stored
 
 F64 = "float64"
 LARGEST = number(3.4028234663852886e38)
@@ -39,6 +42,9 @@ def encode(stream: StreamPlan) -> Kernel:
         kernel.let("b", f"T.truncdiv(bh, T.int64({heads}))")
         kernel.let("h", f"T.truncmod(bh, T.int64({heads}))")
         kernel.scratch("codes", group * width, "uint8")
+        if any(reader.sparse for reader in readers):
+            kernel.scratch("cut", group * width)
+            kernel.scratch("outliers", group * width, "int32")
         kernel.scratch("limits", 16)
         kernel.scratch("sizes", 8)
         kernel.line("bad[bh] = T.int64(0)")
@@ -75,6 +81,8 @@ def _write_group(kernel: Kernel, reader: PageReader) -> None:
 
     `codes` holds the channels of the reader in rows as long as those of the tail.
     """
+    if reader.sparse is not None:
+        _write_outliers(kernel, reader, reader.sparse)
     match reader.format:
         case Raw() as fmt:
             _write_raw(kernel, reader, fmt)
@@ -84,10 +92,14 @@ def _write_group(kernel: Kernel, reader: PageReader) -> None:
         case Bfp() as fmt:
             _write_bfp(kernel, reader, fmt)
     _write_planes(kernel, reader)
+    if reader.sparse is not None:
+        _write_entries(kernel, reader, reader.sparse)
 
 
 def _tail(reader: PageReader, offset: str, lanes: int) -> str:
-    """Return values of the group at `source`, f32."""
+    """Return values of the group at `source`, f32; of a sparse part those that are cut to m."""
+    if reader.sparse is not None:
+        return at("cut", offset, lanes)
     return at(f"{reader.role}_tail", f"source + {offset}", lanes)
 
 
@@ -110,8 +122,8 @@ def _write_stored(
     """Round f64 to its stored type, store it at (row, column), flag overflow; return it as f32."""
     index = reader.place(name, f"({place[0]})", place[1])
     kernel.let(f"exact_{name}", value)
-    kernel.let(f"stored_{name}", _to_stored(f"exact_{name}", dtype, lanes))
-    view = f"{reader.role}_{reader.field(name).dtype}"
+    kernel.let(f"stored_{name}", to_stored(f"exact_{name}", dtype, lanes))
+    view = f"{reader.role}_{reader.part.field(name).dtype}"
     kernel.line(f"{at(view, index, lanes)} = stored_{name}")
     kernel.let(f"single_{name}", as_f32(f"stored_{name}", dtype, lanes))
     size = pure("llvm.fabs", "float32", lanes, f"single_{name}")
@@ -119,24 +131,6 @@ def _write_stored(
     with kernel.block(f"for i in T.unroll({lanes})"):
         kernel.line(f"bad[bh] = T.Select(sizes[i] <= {LARGEST}, bad[bh], T.int64(1))")
     return f"single_{name}"
-
-
-def _to_stored(value: str, dtype: str, lanes: int) -> str:
-    """Return f64 rounded once to f32 or f16; to bf16 by way of f32, as ir/arrays does."""
-    if dtype == "f16":
-        return cast("float16", _round_to_odd(value, lanes), lanes)
-    single = cast("float32", value, lanes)
-    return single if dtype == "f32" else cast("uint16", bf16_bits(single, lanes), lanes)
-
-
-def _round_to_odd(value: str, lanes: int) -> str:
-    """Return an f64 as f32 such that f16 of that is rounded once: cut, and mark what was cut."""
-    bits = bits_as("int64", value, lanes)
-    low, cut, none = (splat(f"T.int64({n})", lanes) for n in ((1 << 29) - 1, -(1 << 29), 0))
-    marked = splat(f"T.int64({1 << 29})", lanes)
-    mark = f"T.Select(T.bitwise_and({bits}, {low}) != {none}, {marked}, {none})"
-    odd = f"T.bitwise_or(T.bitwise_and({bits}, {cut}), {mark})"
-    return cast("float32", bits_as(F64, odd, lanes), lanes)
 
 
 def _write_limits(kernel: Kernel, reader: PageReader, count: int, offset: str, lanes: int) -> None:
@@ -178,7 +172,7 @@ def _write_int(kernel: Kernel, reader: PageReader, fmt: Int) -> None:
         if many == 1:
             _fold_limits(kernel, lanes)
         _write_range(kernel, fmt, many)
-        kept = as_f32(_to_stored("wanted", fmt.params, many), fmt.params, many)
+        kept = as_f32(to_stored("wanted", fmt.params, many), fmt.params, many)
         one, none = number(1.0, many, F64), number(0.0, many)
         alive = f"T.Select({kept} == {none}, {one}, wanted)"
         single = _write_stored(kernel, reader, "scale", place, alive, fmt.params, many)
@@ -272,13 +266,13 @@ def _write_planes(kernel: Kernel, reader: PageReader) -> None:
     fmt = reader.format
     if isinstance(fmt, Raw):
         return
-    bits = code_bits(fmt)
+    whole = code_bits(fmt)
     with kernel.block(f"for s in T.serial({fmt.group_tokens})"):
-        if bits != 3:
-            _write_plane(kernel, reader, "codes", bits, "{}")
-        else:
-            _write_plane(kernel, reader, "codes", 2, "T.bitwise_and({}, T.uint8(3))")
-            _write_plane(kernel, reader, "high", 1, "T.shift_right({}, T.uint8(2))")
+        for name, bits, first in ARRAYS[whole]:
+            part = f"T.shift_right({{}}, T.uint8({first}))" if first else "{}"
+            if first + bits < whole:
+                part = f"T.bitwise_and({part}, T.uint8({2**bits - 1}))"
+            _write_plane(kernel, reader, name, bits, part)
 
 
 def _write_plane(kernel: Kernel, reader: PageReader, name: str, bits: int, part: str) -> None:
@@ -293,3 +287,61 @@ def _write_plane(kernel: Kernel, reader: PageReader, name: str, bits: int, part:
         for term in terms[1:]:
             text = f"T.bitwise_or({text}, {term})"
         kernel.line(f"{reader.role}_uint8[{reader.place(name, '(t + s)', 'w')}] = {text}")
+
+
+def _write_outliers(kernel: Kernel, reader: PageReader, sparse: Sparse) -> None:
+    """Fill `outliers` with the channels of each token's entries, -1 for none, and `cut`.
+
+    The entries are found one by one: the largest of those that come after the entry before, by
+    size, and by channel among equals. One more gives m.
+    """
+    width, count = reader.width, sparse.count
+    row = f"s * {reader.layout.channels}"
+    for name in ("before", "found"):
+        kernel.scratch(name, 1)
+        kernel.scratch(f"{name}_at", 1, "int32")
+    with kernel.block(f"for s in T.serial({sparse.group_tokens})"):
+        kernel.line(f"before[0] = {number(float('inf'))}")
+        kernel.line("before_at[0] = T.int32(-1)")
+        with kernel.block(f"for e in T.serial({count + 1})"):
+            kernel.line(f"found[0] = {number(-1.0)}")
+            with kernel.block(f"for c in T.serial({width})"):
+                kernel.let("size", _size(f"{reader.role}_tail[source + {row} + c]"))
+                follows = "T.Or(size < before[0], T.And(size == before[0], c > before_at[0]))"
+                with kernel.block(f"if T.And(size > found[0], {follows})"):
+                    kernel.line("found[0] = size")
+                    kernel.line("found_at[0] = c")
+            kernel.line("before[0] = found[0]")
+            kernel.line("before_at[0] = found_at[0]")
+            with kernel.block(f"if e < {count}"):
+                kernel.line(f"outliers[s * {count} + e] = before_at[0]")
+        kernel.let("m", f"T.max(before[0], {number(float(np.float32(sparse.limit)))})")
+        with kernel.block(f"for e in T.serial({count})"):
+            kernel.let("channel", f"outliers[s * {count} + e]")
+            above = f"{_size(f'{reader.role}_tail[source + {row} + channel]')} > m"
+            kernel.line(f"outliers[s * {count} + e] = T.Select({above}, channel, T.int32(-1))")
+        with kernel.block(f"for c in T.serial({width})"):
+            kernel.let("value", f"{reader.role}_tail[source + {row} + c]")
+            kernel.line(f"cut[{row} + c] = T.min(T.max(value, m * {number(-1.0)}), m)")
+
+
+def _size(value: str) -> str:
+    return pure("llvm.fabs", "float32", 1, value)
+
+
+def _write_entries(kernel: Kernel, reader: PageReader, sparse: Sparse) -> None:
+    """Store each token's entries: the channel, and what the dense code leaves of its value."""
+    row = f"s * {reader.layout.channels}"
+    with (
+        kernel.block(f"for s in T.serial({sparse.group_tokens})"),
+        kernel.block(f"for e in T.serial({sparse.count})"),
+    ):
+        kernel.let("outlier", f"outliers[s * {sparse.count} + e]")
+        kernel.let("channel", "T.max(outlier, T.int32(0))")
+        value = f"{reader.role}_tail[source + {row} + channel]"
+        dense = reader.exact("(t + s)", "channel", f"codes[{row} + channel]")
+        rest = f"{cast(F64, value, 1)} - {dense}"
+        kernel.let("rest", f"T.Select(outlier < T.int32(0), {number(0.0, 1, F64)}, {rest})")
+        _write_stored(kernel, reader, "value", ("t + s", "e"), "rest", sparse.values, 1)
+        index = f"{reader.role}_uint8[{reader.place('index', '(t + s)', 'e')}]"
+        kernel.line(f"{index} = {cast('uint8', 'channel', 1)}")

@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import sqrt
 
-from ..ir.maps import Gather, Hadamard, Map, Scale
+from ..ir.maps import Gather, Hadamard, Map, Scale, argument_name
 from .cpu_text import Kernel, at, number
-from .kernel_text import constant_name
 
 
 def write_maps(kernel: Kernel, maps: Sequence[Map], width: int, head: str) -> str:
@@ -29,12 +28,12 @@ def write_maps(kernel: Kernel, maps: Sequence[Map], width: int, head: str) -> st
             case Hadamard():
                 _write_hadamard(kernel, here, width)
             case Gather(order=name):
-                order = f"{constant_name(name, 'order')}[{head} * {width} + c]"
+                order = f"{argument_name(name, 'order')}[{head} * {width} + c]"
                 with kernel.block(f"for c in T.serial({width})"):
                     kernel.line(f"{there}[c] = {here}[{order}]")
                 here, there = there, here
             case Scale(values=name, inverse=inverse):
-                value = f"{constant_name(name, 'scale')}[{head} * {width} + c]"
+                value = f"{argument_name(name, 'scale')}[{head} * {width} + c]"
                 with kernel.block(f"for c in T.serial({width})"):
                     kernel.line(f"{here}[c] = {here}[c] {'/' if inverse else '*'} {value}")
     return here

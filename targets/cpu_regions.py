@@ -8,33 +8,14 @@ changes a bit.
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import lcm
 
 from ..ir.plan import AttentionPlan, StreamPlan
-from .cpu_codes import Readers, declare_pages, open_page, readers_of
+from .cpu_pages import Readers, declare_pages, open_page, readers_of
 from .cpu_text import Kernel
-
-SPLIT_TOKENS = 512
-# Queries of one item of attend_block.
-TILE_QUERIES = 8
-# Logits in front of a row of the scratch: a vector may begin up to seven places early.
-PAD = 8
+from .source import split_tokens
 
 RawRegion = Callable[[str, str, str, str], None]
 PageRegion = Callable[[], None]
-
-
-def split_tokens(plan: AttentionPlan) -> int:
-    """Return C: whole pages of K, at least 512 tokens."""
-    page = plan.k.page_tokens
-    return (
-        lcm(page, SPLIT_TOKENS) if lcm(page, SPLIT_TOKENS) <= 2048 else page * max(1, 512 // page)
-    )
-
-
-def row_stride(plan: AttentionPlan) -> int:
-    """Return the logits that the scratch holds for each query."""
-    return PAD + -(-(plan.k.tokens.sink + split_tokens(plan)) // 8) * 8 + 8
 
 
 def stream_arguments(kernel: Kernel, stream: StreamPlan) -> Readers:

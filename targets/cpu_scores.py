@@ -3,6 +3,7 @@
     one scale a token        <q, c> s + (sum q) z               after the dot, eight tokens at once
     several scales a token   sum_g <q, c>_g s_g + (sum q)_g z_g  after the dot of each group
     scales of channels       <q s, c> + <q, z>                   q s and <q, z> once for each group
+    sparse entries           + q_c value                         after all of the part's scores
 
 A dot is kept in 8 lanes of channels and summed over the lanes by a tree. A token past the end may
 be computed where that stays inside its page; the caller overwrites or masks what it gives.
@@ -12,48 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from math import gcd
 
 from ..ir.encodings import Raw
-from .cpu_codes import PageReader
-from .cpu_regions import PAD
+from .cpu_pages import PageReader
+from .cpu_rows import Rows
 from .cpu_text import Kernel, at, fma, horizontal, number, splat
 
 # Tokens of one step by query rows: four to eight sums hide the latency of an fma.
 TOKENS = {1: 8, 2: 4, 3: 2, 4: 2}
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """A block of query rows that share each unpacked code.
-
-    Attributes:
-        first: text of the first row.
-        count: rows, at most 8.
-        channels: of a query.
-        stride: logits of the scratch for each row.
-    """
-
-    first: str
-    count: int
-    channels: int
-    stride: int
-
-    def query(self, r: str, c: str) -> str:
-        """Return where channel c of row r is in `query`."""
-        return f"q_base + ({self.first} + {r}) * {self.channels} + {c}"
-
-    def logit(self, r: str, position: str) -> str:
-        """Return where the logit of a position of row r is in the scratch."""
-        return f"({self.first} + {r}) * {self.stride} + {position} - lo + {PAD}"
-
-
-def blocks(count: int, most: int) -> list[tuple[int, int]]:
-    """Return (first, size) of as few and as equal blocks as possible."""
-    number_of = -(-count // most)
-    edges = [count * i // number_of for i in range(number_of + 1)]
-    return [(low, high - low) for low, high in pairwise(edges)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +145,14 @@ def write_page_scores(kernel: Kernel, reader: PageReader, rows: Rows) -> None:
         _one_scale(kernel, reader, rows)
     else:
         _group_scales(kernel, reader, rows)
+
+    def add() -> None:
+        with kernel.block(f"for r in T.unroll({rows.count})"):
+            logit, query = rows.logit("r", "k_pos + t"), rows.query("r", "channel")
+            score = fma(f"query[{query}]", "entry", f"logits[{logit}]")
+            kernel.line(f"logits[{logit}] = {score}")
+
+    reader.write_entries(kernel, "T.int64(0)", "k_t1", add)
 
 
 def _plain(reader: PageReader, rows: Rows) -> Dot:

@@ -9,8 +9,9 @@ so eight results add up without overflow) and vpmaddwd; 8-bit codes meet int16 q
 from __future__ import annotations
 
 from ..ir.plan import AttentionPlan
-from .cpu_codes import PageReader
-from .cpu_scores import TOKENS, Rows, store_sums, write_group_sums, write_scales_of_tokens
+from .cpu_pages import PageReader
+from .cpu_rows import Rows
+from .cpu_scores import TOKENS, store_sums, write_group_sums, write_scales_of_tokens
 from .cpu_text import Kernel, at, cast, pure, splat
 
 BYTE_PAIRS = "llvm.x86.avx2.pmadd.ub.sw"

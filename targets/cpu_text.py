@@ -1,4 +1,4 @@
-"""Text of a kernel in TVMScript: lines with indentation, arguments, and the vector idioms used.
+"""Text of a kernel in TVMScript: how it is written out, and the idioms of vectors and numbers used.
 
 Everything is text so that the emitted source can be read, dumped and kept as a golden. An index is
 64-bit, or 32-bit and constant once the loops marked `unroll` are written out.
@@ -123,3 +123,56 @@ def horizontal(kernel: Kernel, accumulators: list[tuple[str, str]], lanes: int, 
         kernel.let(f"sums{first}", pure(hadd, "float32", 8, *pairs))
         low, high = (f'T.vector{side}("float32x4", sums{first})' for side in ("low", "high"))
         kernel.line(f"{at(out, str(first), 4)} = {low} + {high}")
+
+
+def as_f32(stored: str, dtype: str, lanes: int) -> str:
+    """Return a stored f16, bf16 or f32 as f32; exact."""
+    if dtype == "f32":
+        return stored
+    if dtype == "f16":
+        return cast("float32", stored, lanes)
+    wide = cast("uint32", stored, lanes)
+    return bits_as("float32", f"T.shift_left({wide}, {splat('T.uint32(16)', lanes)})", lanes)
+
+
+def rounded(value: str, dtype: str, lanes: int) -> str:
+    """Return f32 rounded to f16 or bf16, to nearest even, as f32."""
+    if dtype == "f16":
+        return cast("float32", cast("float16", value, lanes), lanes)
+    if dtype == "bf16":
+        bits = f"T.shift_left({bf16_bits(value, lanes)}, {splat('T.uint32(16)', lanes)})"
+        return bits_as("float32", bits, lanes)
+    return value
+
+
+def bf16_bits(value: str, lanes: int) -> str:
+    """Return the bfloat16 bits of f32, as u32. A NaN may wrap around: look for it before."""
+    bits = bits_as("uint32", value, lanes)
+    low, one, half = (splat(f"T.uint32({n})", lanes) for n in (16, 1, 32767))
+    odd = f"T.bitwise_and(T.shift_right({bits}, {low}), {one})"
+    return f"T.shift_right({bits} + {half} + {odd}, {low})"
+
+
+def to_stored(value: str, dtype: str, lanes: int) -> str:
+    """Return f64 rounded once to f32 or f16; to bf16 by way of f32, as ir/arrays does."""
+    if dtype == "f16":
+        return cast("float16", _round_to_odd(value, lanes), lanes)
+    single = cast("float32", value, lanes)
+    return single if dtype == "f32" else cast("uint16", bf16_bits(single, lanes), lanes)
+
+
+def _round_to_odd(value: str, lanes: int) -> str:
+    """Return an f64 as f32 such that f16 of that is rounded once: cut, and mark what was cut."""
+    bits = bits_as("int64", value, lanes)
+    low, cut, none = (splat(f"T.int64({n})", lanes) for n in ((1 << 29) - 1, -(1 << 29), 0))
+    marked = splat(f"T.int64({1 << 29})", lanes)
+    mark = f"T.Select(T.bitwise_and({bits}, {low}) != {none}, {marked}, {none})"
+    odd = f"T.bitwise_or(T.bitwise_and({bits}, {cut}), {mark})"
+    return cast("float32", bits_as("float64", odd, lanes), lanes)
+
+
+def bit_field(raw: str, shift: str, bits: int, lanes: int) -> str:
+    """Return `bits` bits of each byte, from bit `shift` on."""
+    amount = splat(f'T.Cast("uint8", {shift})', lanes)
+    mask = splat(f"T.uint8({2**bits - 1})", lanes)
+    return f"T.bitwise_and(T.shift_right({raw}, {amount}), {mask})"

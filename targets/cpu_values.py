@@ -3,6 +3,7 @@
     scales of tokens     w = p s, first for all tokens of the page; o += sum_t w code + sum_t p z
     scales of channels   o += s sum_t p code + z sum_t p, for each group of tokens
     raw                  o += sum_t p x
+    sparse entries       o_c += p value, one by one
 
 Channels are outermost and stay in registers while the tokens go by. A token that is not wanted is
 never read into a sum: zero times NaN is NaN.
@@ -15,8 +16,8 @@ from dataclasses import dataclass
 from math import gcd
 
 from ..ir.encodings import Raw
-from .cpu_codes import PageReader, Readers
-from .cpu_scores import Rows
+from .cpu_pages import PageReader, Readers
+from .cpu_rows import Rows
 from .cpu_text import Kernel, at, fma, number, splat
 
 # Sums that are kept in registers; the other half of the sixteen holds weights and codes.
@@ -154,6 +155,14 @@ def write_page_values(kernel: Kernel, reader: PageReader, rows: Rows) -> None:
         for g in range(reader.groups):
             _token_weights(kernel, reader, rows, g)
             _token_group(kernel, reader, rows, g)
+
+    def add() -> None:
+        with kernel.block(f"for r in T.unroll({rows.count})"):
+            target = _target(rows, "r", "channel", 1)
+            weight = f"logits[{rows.logit('r', 'v_pos + t')}]"
+            kernel.line(f"{target} = {fma(weight, 'entry', target)}")
+
+    reader.write_entries(kernel, "v_t0", "v_t1", add)
 
 
 def _plane_sums(

@@ -12,7 +12,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,16 +19,18 @@ from typing import Any
 from ..ir.errors import KvantError
 from ..ir.plan import AttentionPlan
 from .gpu_append import APPEND_ROWS, append
-from .gpu_attend import attend, block_rows, decode_rows, split_tokens
+from .gpu_attend import attend, block_rows, decode_rows
+from .gpu_combine import combine
 from .gpu_encode import encode, tokens_at_once
-from .gpu_prepare import ROWS, combine, prepare
+from .gpu_prepare import ROWS, prepare
 from .gpu_text import Kernel
-from .kernel_text import KERNELS, kernels_text
+from .kernel_text import KERNELS
 from .machines import GPUS, Gpu
+from .source import Source, split_tokens
+from .source import why_not as why_no_target
 from .target import Build, Stage, Target
 
 TRITON = "3.9.0"
-MOST_GROUP = 64
 MOST_CHANNELS = 256
 WARPS = 4
 # Variables that the compiling process gets; others could change what is compiled.
@@ -38,43 +39,13 @@ KEPT = ("PATH", "HOME", "TMPDIR", "LANG", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRT
 PACKAGES = {"cuda": {"cuda-bindings": "", "cuda-core": "1", "torch": "2"}, "hip": {"torch": "2"}}
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
-    """The emitted kernels of a plan, in the order of KERNELS."""
-
-    plan: AttentionPlan
-    kernels: tuple[Kernel, ...]
-
-    def text(self) -> str:
-        """Return kernels.py."""
-        head = '"""Kernels of one attention plan in Triton, written by kvant."""\n\n'
-        head += "import triton\nimport triton.language as tl\n"
-        return kernels_text(head, {kernel.name: kernel.source() for kernel in self.kernels})
-
-    def launch(self) -> dict[str, Any]:
-        """Return what a launcher must know, whatever the GPU."""
-        return {
-            "kernels": {kernel.name: kernel.arguments() for kernel in self.kernels},
-            "split_tokens": split_tokens(self.plan),
-            "rows": {
-                "attend": decode_rows(self.plan),
-                "attend_block": block_rows(self.plan),
-                "prepare": ROWS,
-                "combine": ROWS,
-            },
-            "tokens": {
-                "append": APPEND_ROWS,
-                "encode_k": tokens_at_once(self.plan.k),
-                "encode_v": tokens_at_once(self.plan.v),
-            },
-        }
-
-
+HEAD = '"""Kernels of one attention plan in Triton, written by kvant."""\n\n'
+HEAD += "import triton\nimport triton.language as tl\n"
 # Products of f32 on tensor cores: three products of tf32 on NVIDIA's; AMD's take f32 as it is.
 PRECISION = {"cuda": "tf32x3", "hip": "ieee"}
 
 
-def emit(plan: AttentionPlan, backend: str = "cuda") -> Source:
+def emit(plan: AttentionPlan, backend: str = "cuda") -> Source[Kernel]:
     """Return the kernels of a plan as text."""
     precision = PRECISION[backend]
     kernels = (
@@ -87,10 +58,29 @@ def emit(plan: AttentionPlan, backend: str = "cuda") -> Source:
         attend(plan, "attend_block", block_rows(plan), precision),
         combine(plan),
     )
-    return Source(plan, kernels)
+    return Source(plan, kernels, HEAD)
 
 
-def compile_gpu(source: Source, gpu: Gpu) -> dict[str, bytes]:
+def _launch(source: Source[Kernel]) -> dict[str, Any]:
+    """Return what a launcher must know, whatever the GPU."""
+    return {
+        "kernels": {kernel.name: kernel.arguments() for kernel in source.kernels},
+        "split_tokens": split_tokens(source.plan),
+        "rows": {
+            "attend": decode_rows(source.plan),
+            "attend_block": block_rows(source.plan),
+            "prepare": ROWS,
+            "combine": ROWS,
+        },
+        "tokens": {
+            "append": APPEND_ROWS,
+            "encode_k": tokens_at_once(source.plan.k),
+            "encode_v": tokens_at_once(source.plan.v),
+        },
+    }
+
+
+def compile_gpu(source: Source[Kernel], gpu: Gpu) -> dict[str, bytes]:
     """Return the binaries of all kernels, kernels.py and launch.json.
 
     Raises: KvantError "compiler-failed", "shared-memory".
@@ -120,7 +110,7 @@ def compile_gpu(source: Source, gpu: Gpu) -> dict[str, bytes]:
         _check(name, fact, gpu)
     suffix = "cubin" if gpu.backend == "cuda" else "hsaco"
     kept = {n: {k: f[k] for k in ("entry", "shared", "warps")} for n, f in facts.items()}
-    launch = source.launch() | {
+    launch = _launch(source) | {
         "facts": _facts(gpu),
         "threads": WARPS * gpu.warp,
         "binaries": {name: fact | {"file": f"{name}.{suffix}"} for name, fact in kept.items()},
@@ -171,16 +161,7 @@ def _facts(gpu: Gpu) -> dict[str, Any]:
 
 def why_not(plan: AttentionPlan) -> str | None:
     """Return one sentence why a plan cannot be built, or None."""
-    if plan.group > MOST_GROUP:
-        return f"{plan.group} query heads share a KV head; at most {MOST_GROUP} are supported"
-    for stream in (plan.k, plan.v):
-        if stream.channels > MOST_CHANNELS:
-            return f"heads of {stream.channels} channels; at most {MOST_CHANNELS} are supported"
-        try:
-            stream.page_layout()
-        except KvantError as error:
-            return f"{error.what}: {error.fix}"
-    return None
+    return why_no_target(plan, MOST_CHANNELS)
 
 
 def available() -> str | None:
@@ -194,7 +175,7 @@ def available() -> str | None:
     return None
 
 
-def _binary(gpu: Gpu, source: Source) -> Build:
+def _binary(gpu: Gpu, source: Source[Kernel]) -> Build:
     files = compile_gpu(source, gpu)
     return Build(f"{gpu.backend}-{gpu.name}", json.loads(files["launch.json"])["facts"], files)
 

@@ -10,22 +10,14 @@ the sink, from the raw buffers. Tokens that lie elsewhere read as zero, so the t
 
 from __future__ import annotations
 
-from math import lcm
 from typing import TypeAlias
 
 from ..ir.plan import AttentionPlan, StreamPlan
 from .gpu_pages import PageReader, declare_pages, readers_of
 from .gpu_text import LEAST_DOT, Kernel, across, both, load, padded
+from .source import split_tokens
 
 Readers: TypeAlias = tuple[PageReader, ...]
-SPLIT_TOKENS = 512
-
-
-def split_tokens(plan: AttentionPlan) -> int:
-    """Return C: whole pages of K, about 512 tokens."""
-    page = plan.k.page_tokens
-    both_whole = lcm(page, SPLIT_TOKENS)
-    return both_whole if both_whole <= 2048 else page * max(1, SPLIT_TOKENS // page)
 
 
 def tile_tokens(plan: AttentionPlan) -> int:
@@ -37,7 +29,10 @@ def tile_tokens(plan: AttentionPlan) -> int:
 def _columns(plan: AttentionPlan) -> int:
     """Return the columns that a tile keeps in shared memory: all planes, or twice the widest."""
     return max(
-        max(2 * max(r.width for r in readers), sum(r.width * r.part.planes for r in readers))
+        max(
+            2 * max(r.wide for r in readers),
+            sum(r.wide * r.part.planes for r in readers),
+        )
         for readers in (readers_of(plan.k), readers_of(plan.v))
     )
 
@@ -81,7 +76,7 @@ def attend(plan: AttentionPlan, name: str, rows: int, precision: str) -> Kernel:
     kernel.line(f'best = tl.full(({rows},), float("-inf"), tl.float32)')
     kernel.line(f"total = tl.zeros(({rows},), tl.float32)")
     for reader, i in planes_of(v):
-        kernel.line(f"{reader.name}_out_{i} = tl.zeros(({rows}, {reader.width}), tl.float32)")
+        kernel.line(f"{reader.name}_out_{i} = tl.zeros(({rows}, {reader.wide}), tl.float32)")
     with kernel.block(f"for tile in range(begin, stop, {n})"):
         kernel.line(f"position = tile + tl.arange(0, {n})")
         _write_scores(kernel, plan, k, precision)
@@ -204,7 +199,7 @@ def _write_sources(
     role, n, sink = stream.role, tile_tokens(plan), stream.tokens.sink
     kernel.note(f"{'keys' if role == 'k' else 'values'}: what the pages hold")
     for reader, i in planes_of(readers):
-        kernel.line(f"{reader.name}_{i} = tl.zeros(({n}, {reader.width}), tl.float32)")
+        kernel.line(f"{reader.name}_{i} = tl.zeros(({n}, {reader.wide}), tl.float32)")
     with kernel.block(f"if (tile < {role}_end) & (tile + {n} > {sink})"):
         in_pages = f"(position >= {sink}) & (position < {role}_end) & (position < stop)"
         if plan.window is not None:  # pages behind the window may have been given back

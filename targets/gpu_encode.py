@@ -2,17 +2,30 @@
 
 Every quotient is taken in f64, as in ir/encodings, so that scales and codes are the same bits; the
 scale is rounded to its stored type first and codes are made from what was stored. One program
-encodes one group of tokens, or ENCODE_TOKENS where each token stands for itself.
+encodes one group of tokens, or ENCODE_TOKENS where each token stands for itself. Of a sparse part,
+what is dense is encoded from the tokens cut to m (see `ir/encodings/sparse.py`), and the entries
+hold what that left.
 """
 
 from __future__ import annotations
 
-from ..ir.encodings import Bfp, Int, Raw
-from ..ir.layouts import code_bits
+import numpy as np
+
+from ..ir.encodings import Bfp, Int, Raw, Sparse
 from ..ir.plan import StreamPlan
+from ..ir.planes import code_bits
 from .gpu_pages import PageReader, declare_pages, readers_of
-from .gpu_prepare import write_rint
-from .gpu_text import LARGEST, Kernel, across, as_f32, both, load, padded, write_bf16_bits
+from .gpu_text import (
+    LARGEST,
+    Kernel,
+    across,
+    both,
+    down,
+    load,
+    padded,
+    write_rint,
+    write_stored,
+)
 
 ENCODE_TOKENS = 16
 """Tokens of one program of encode, if each is encoded by itself."""
@@ -78,6 +91,8 @@ def _write_group(
     kernel.line(f"{role}_t = place % {size}")
     block = f"page * {reader.layout.page_bytes} + h * {reader.layout.head_bytes}"
     kernel.line(f"{role}_block = {block}")
+    if reader.part.sparse is not None:
+        _write_outliers(kernel, reader, reader.part.sparse)
     match reader.part.format:
         case Raw() as fmt:
             _write_raw(kernel, reader, fmt)
@@ -87,12 +102,21 @@ def _write_group(
             _write_tokens(kernel, reader, fmt)
         case Bfp() as fmt:
             _write_blocks(kernel, reader, fmt)
+    if reader.part.sparse is not None:
+        _write_entries(kernel, reader, reader.part.sparse)
 
 
 def _tail(reader: PageReader, i: int) -> str:
     """Return the tail's values of plane i, f64 [tokens, width]."""
     pointer = f"slot[:, None] * {reader.stream.channels} + {across(reader.channel(i))}"
-    return f"{load(f'{reader.role}_tail + {pointer}', _mask(reader))}.to(tl.float64)"
+    return f"{_cut(reader, load(f'{reader.role}_tail + {pointer}', _mask(reader)))}.to(tl.float64)"
+
+
+def _cut(reader: PageReader, values: str) -> str:
+    """Return values of the tail, of a sparse part cut to m, f32 [tokens, ...]."""
+    if reader.part.sparse is None:
+        return values
+    return f"tl.minimum(tl.maximum({values}, -m[:, None]), m[:, None])"
 
 
 def _group(reader: PageReader, g: int, size: int) -> str:
@@ -101,7 +125,7 @@ def _group(reader: PageReader, g: int, size: int) -> str:
     column = f"(j + {first})[None, :]" if first else "j[None, :]"
     pointer = f"{reader.role}_tail + slot[:, None] * {reader.stream.channels} + {column}"
     inside = "" if padded(size) == size else f"(j < {size})[None, :]"
-    return load(pointer, both("here[:, None]", inside))
+    return _cut(reader, load(pointer, both("here[:, None]", inside)))
 
 
 def _write_limits(kernel: Kernel, mask: str, *, axis: int) -> None:
@@ -117,25 +141,9 @@ def _mask(reader: PageReader) -> str:
 
 def _write_raw(kernel: Kernel, reader: PageReader, fmt: Raw) -> None:
     kernel.line(f"x = {_tail(reader, 0)}")
-    _write_stored(kernel, reader, "values", "x", fmt.dtype)
+    write_stored(kernel, "x", fmt.dtype)
     kernel.line(f"tl.store({reader.at('values', 0)}, stored, mask={_mask(reader)})")
     _write_flag(kernel, f"tl.where({_mask(reader)}, single, 0.0)")
-
-
-def _write_stored(kernel: Kernel, reader: PageReader, name: str, value: str, dtype: str) -> None:
-    """Bind `stored` to an f64 rounded once to its stored type, and `single` to that as f32."""
-    if dtype == "f16":
-        # NOTE: by way of f32 it would be rounded twice; cut there, and mark what was cut.
-        kernel.line(f"bits = {value}.to(tl.int64, bitcast=True)")
-        kernel.line("odd = tl.where((bits & 536870911) != 0, 536870912, 0)")
-        kernel.line("bits = (bits & -536870912) | odd")
-        kernel.line("stored = bits.to(tl.float64, bitcast=True).to(tl.float32).to(tl.float16)")
-    elif dtype == "bf16":
-        write_bf16_bits(kernel, f"{value}.to(tl.float32)")
-        kernel.line("stored = bits.to(tl.uint16)")
-    else:
-        kernel.line(f"stored = {value}.to(tl.float32)")
-    kernel.line(f"single = {as_f32('stored', dtype)}")
 
 
 def _write_flag(kernel: Kernel, value: str) -> None:
@@ -161,7 +169,9 @@ def _write_channels(kernel: Kernel, reader: PageReader, fmt: Int) -> None:
         if fmt.zero != "none":
             kernel.line(f"zero_row = tl.max(tl.where(here, {reader.row('zero')}, 0), axis=0)")
         _write_parameters(kernel, reader, fmt, f"{name}_w + {i * plane}", mask)
-        _write_code(kernel, fmt, f"code_{i}", "scale[None, :]", "zero[None, :]")
+        scale, zero = across("scale"), across("zero")
+        _write_code(kernel, fmt, f"code_{i}", scale, zero)
+        _write_dense(kernel, reader, i, _decoded(fmt, f"code_{i}", scale, zero))
     _write_planes(kernel, reader)
 
 
@@ -175,10 +185,10 @@ def _write_parameters(kernel: Kernel, reader: PageReader, fmt: Int, column: str,
         kernel.line("high = tl.maximum(high, 0.0)")
     span = "tl.maximum(-low, high)" if fmt.zero == "none" else "(high - low)"
     kernel.line(f"wanted = {span} / {float(fmt.steps)}")
-    _write_stored(kernel, reader, "scale", "wanted", fmt.params)
+    write_stored(kernel, "wanted", fmt.params)
     kernel.note("a scale that rounds to zero is stored as 1")
     kernel.line("wanted = tl.where(single == 0.0, 1.0, wanted)")
-    _write_stored(kernel, reader, "scale", "wanted", fmt.params)
+    write_stored(kernel, "wanted", fmt.params)
     target = f"{role}_{reader.part.field('scale').dtype}"
     kernel.line(f"tl.store({target} + row + {column}, stored, mask={mask})")
     _write_flag(kernel, f"tl.where({mask}, single, 0.0)")
@@ -189,7 +199,7 @@ def _write_parameters(kernel: Kernel, reader: PageReader, fmt: Int, column: str,
         kernel.line("low = -low / scale")
         write_rint(kernel, "low")
         kernel.line(f"low = tl.minimum(tl.maximum(low, 0.0), {float(fmt.steps)})")
-    _write_stored(kernel, reader, "zero", "low", fmt.params)
+    write_stored(kernel, "low", fmt.params)
     kernel.line(f"tl.store({target} + zero_row + {column}, stored, mask={mask})")
     _write_flag(kernel, f"tl.where({mask}, single, 0.0)")
     kernel.line("zero = single.to(tl.float64)")
@@ -237,6 +247,7 @@ def _write_tokens(kernel: Kernel, reader: PageReader, fmt: Int) -> None:
         if fmt.zero != "none":
             _spread(kernel, reader, i, group, "zero")
         _write_code(kernel, fmt, f"code_{i}", "scale", "zero")
+        _write_dense(kernel, reader, i, _decoded(fmt, f"code_{i}", "scale", "zero"))
     _write_planes(kernel, reader)
 
 
@@ -274,6 +285,9 @@ def _write_blocks(kernel: Kernel, reader: PageReader, fmt: Bfp) -> None:
         limit, middle = float(2 ** (p - 1) - 1), 2.0 ** (p - 1)
         kernel.line(f"n = tl.minimum(tl.maximum(n, -{limit}), {limit}) + {middle}")
         kernel.line(f"code_{i} = n.to(tl.int32)")
+        # The product with a power of two is undone without rounding.
+        undone = f"(n - {middle}) / tl.where(times == 0.0, 1.0, times)"
+        _write_dense(kernel, reader, i, undone)
     _write_planes(kernel, reader)
 
 
@@ -293,3 +307,63 @@ def _write_planes(kernel: Kernel, reader: PageReader) -> None:
         kernel.line(f"tl.store({target}, byte.to(tl.uint8), mask={mask})")
     kernel.line(f"byte = {' | '.join(f'((code_{i} >> 2) << {i})' for i in range(8))}")
     kernel.line(f"tl.store({reader.at('high', 0)}, byte.to(tl.uint8), mask={mask})")
+
+
+def _write_outliers(kernel: Kernel, reader: PageReader, sparse: Sparse) -> None:
+    """Bind m, and of each entry e: at_e, its channel, x_e, its value, and dense_e = 0; [tokens]."""
+    width = reader.part.width
+    kernel.note("the largest channels of each token, one by one; of equal ones the first")
+    kernel.line(f"j = tl.arange(0, {padded(width)})")
+    first = reader.part.first
+    column = f"(j + {first})[None, :]" if first else "j[None, :]"
+    pointer = f"{reader.role}_tail + slot[:, None] * {reader.stream.channels} + {column}"
+    inside = "" if padded(width) == width else f"(j < {width})[None, :]"
+    kernel.line(f"x = {load(pointer, both('here[:, None]', inside))}")
+    size = "tl.abs(x)"
+    kernel.line(f"size = {f'tl.where({inside}, {size}, -1.0)' if inside else size}")
+    for e in range(sparse.count):
+        kernel.line("m = tl.max(size, axis=1)")
+        kernel.line(f"at_{e} = tl.min(tl.where(size == m[:, None], j[None, :], {width}), axis=1)")
+        kernel.line(f"chosen = j[None, :] == at_{e}[:, None]")
+        kernel.line(f"x_{e} = tl.sum(tl.where(chosen, x, 0.0), axis=1)")
+        kernel.line(f"dense_{e} = tl.zeros_like(x_{e}).to(tl.float64)")
+        kernel.line("size = tl.where(chosen, -1.0, size)")
+    kernel.note("what is dense is cut to m")
+    limit = float(np.float32(sparse.limit))
+    kernel.line("m = tl.max(size, axis=1)")
+    if limit > 0.0:
+        kernel.line(f"m = tl.maximum(m, {limit!r})")
+
+
+def _decoded(fmt: Int, code: str, scale: str, zero: str) -> str:
+    """Return codes as decoded, f64; the product has no rounding."""
+    code = f"{code}.to(tl.float64)"
+    if fmt.zero == "float":
+        return f"{code} * {scale} + {zero}"
+    middle = zero if fmt.zero == "int" else str(2.0 ** (fmt.bits - 1))
+    return f"({code} - {middle}) * {scale}"
+
+
+def _write_dense(kernel: Kernel, reader: PageReader, i: int, decoded: str) -> None:
+    """Add to dense_e what the codes of plane i say, where the channel of entry e is in it."""
+    if reader.part.sparse is None:
+        return
+    kernel.line(f"dense = {decoded}")
+    for e in range(reader.part.sparse.count):
+        named = f"{across(f'{reader.name}_w')} == {down(f'(at_{e} - {i * reader.part.plane})')}"
+        kept = f"tl.where({both(named, across(reader.columns))}, dense, 0.0)"
+        kernel.line(f"dense_{e} += tl.sum({kept}, axis=1)")
+
+
+def _write_entries(kernel: Kernel, reader: PageReader, sparse: Sparse) -> None:
+    """Store each token's entries: the channel, and what the dense code leaves of its value."""
+    kernel.note("entries, as many as are above m")
+    for e in range(sparse.count):
+        kernel.line(f"above = tl.abs(x_{e}) > m")
+        kernel.line(f"rest = tl.where(above, x_{e}.to(tl.float64) - dense_{e}, 0.0)")
+        write_stored(kernel, "rest", sparse.values)
+        value = f"{reader.role}_{reader.part.field('value').dtype} + {reader.row('value')} + {e}"
+        kernel.line(f"tl.store({value}, stored, mask=here)")
+        _write_flag(kernel, "tl.where(here, single, 0.0)")
+        index = f"{reader.role}_uint8 + {reader.row('index')} + {e}"
+        kernel.line(f"tl.store({index}, tl.where(above, at_{e}, 0).to(tl.uint8), mask=here)")

@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import sqrt
 
-from ..ir.maps import Gather, Hadamard, Map, Scale
+from ..ir.maps import Gather, Hadamard, Map, Scale, argument_name
 from .gpu_text import Kernel, both, down, load, padded
-from .kernel_text import constant_name
 
 
 def write_maps(kernel: Kernel, maps: Sequence[Map], channels: int, rows: int, head: str) -> None:
@@ -32,11 +31,11 @@ def write_maps(kernel: Kernel, maps: Sequence[Map], channels: int, rows: int, he
                 _write_hadamard(kernel, width, rows)
             case Gather(order=name):
                 kernel.note("storage order of the channels")
-                order = load(f"{constant_name(name, 'order')} + {head} * {channels} + c", mask)
+                order = load(f"{argument_name(name, 'order')} + {head} * {channels} + c", mask)
                 kernel.line(f"order = tl.broadcast_to({order}[None, :], ({rows}, {width}))")
                 kernel.line("y = tl.gather(y, order, axis=1)")
             case Scale(values=name, inverse=inverse):
-                pointer = f"{constant_name(name, 'scale')} + {head} * {channels} + c"
+                pointer = f"{argument_name(name, 'scale')} + {head} * {channels} + c"
                 value = f"tl.load({pointer}, mask={mask}, other=1.0)" if mask else load(pointer)
                 kernel.line(f"y = y {'/' if inverse else '*'} {value}[None, :]")
 

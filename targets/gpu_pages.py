@@ -6,7 +6,8 @@ for each plane i. Every format then reads as
 
     x^[t, c] = code(t, c) * scale + zero
 
-A token that is masked out reads as zero, whatever lies in memory.
+A token that is masked out reads as zero, whatever lies in memory. Sparse entries are added to the
+blocks: each is compared with the channels of its token's row.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..ir.encodings import Bfp, Drop, Int, Raw
-from ..ir.layouts import PageLayout, Part, code_bits
+from ..ir.layouts import PageLayout, Part
 from ..ir.plan import StreamPlan
+from ..ir.planes import code_bits
 from .gpu_text import LEAST_DOT, Kernel, across, as_f32, both, down, load, padded
 
 
@@ -55,14 +57,14 @@ class PageReader:
         return not isinstance(self.part.format, Drop)
 
     @property
-    def width(self) -> int:
+    def wide(self) -> int:
         """Columns of a block: the plane, made a power of two that products of matrices take."""
         return padded(self.part.plane, LEAST_DOT)
 
     @property
     def columns(self) -> str:
         """Mask of the columns that are channels, or "" if all are."""
-        return "" if self.width == self.part.plane else f"({self.name}_w < {self.part.plane})"
+        return "" if self.wide == self.part.plane else f"({self.name}_w < {self.part.plane})"
 
     def channel(self, i: int) -> str:
         """Return the channels of the head in plane i, as a vector."""
@@ -71,11 +73,12 @@ class PageReader:
 
     def write_columns(self, kernel: Kernel) -> None:
         """Bind the columns of a block."""
-        kernel.line(f"{self.name}_w = tl.arange(0, {self.width})")
+        kernel.line(f"{self.name}_w = tl.arange(0, {self.wide})")
 
     def write_codes(self, kernel: Kernel, here: str) -> None:
-        """Load the bytes of all planes of a block once; `here` masks its tokens."""
+        """Load what all planes of a block need once: bytes and entries; `here` masks its tokens."""
         name, fmt = self.name, self.part.format
+        self._write_entries(kernel, here)
         if isinstance(fmt, Raw | Drop):
             return
         if code_bits(fmt) != 3:
@@ -88,12 +91,29 @@ class PageReader:
 
     def write_plane(self, kernel: Kernel, i: int, here: str, out: str) -> None:
         """Bind `out` to the values of plane i, f32 [tokens, width]."""
-        name = self.name
         if isinstance(self.part.format, Raw):
             values = self._block("values", 0, here)
             kernel.line(f"{out} = {as_f32(values, self.part.format.dtype)}")
             return
-        fmt = self.coded()
+        self._write_decoded(kernel, i, here, out)
+        if self.part.sparse is not None:
+            for e in range(self.part.sparse.count):
+                place = f"({self.name}_index_{e} - {i * self.part.plane})"
+                named = f"{across(f'{self.name}_w')} == {down(place)}"
+                kernel.line(f"{out} += tl.where({named}, {down(f'{self.name}_value_{e}')}, 0.0)")
+
+    def _write_entries(self, kernel: Kernel, here: str) -> None:
+        """Bind <name>_index_e and <name>_value_e, the sparse entries of each token, if any."""
+        if self.part.sparse is None:
+            return
+        for e in range(self.part.sparse.count):
+            index, value = (load(self._at(f, self.row(f), e), here) for f in ("index", "value"))
+            kernel.line(f"{self.name}_index_{e} = {index}.to(tl.int32)")
+            kernel.line(f"{self.name}_value_{e} = {as_f32(value, self.part.sparse.values)}")
+
+    def _write_decoded(self, kernel: Kernel, i: int, here: str, out: str) -> None:
+        """Bind `out` to what the codes of plane i say."""
+        name, fmt = self.name, self.coded()
         scale, zero = self._parameters(i, here)
         kernel.line(f"{name}_scale = {scale}")
         code = f"({self._code(i)}).to(tl.float32)"

@@ -84,3 +84,27 @@ def write_bf16_bits(kernel: Kernel, value: str) -> None:
 def number(value: float) -> str:
     """Return a constant."""
     return f'float("{value!r}")' if value in (float("inf"), float("-inf")) else repr(value)
+
+
+def write_rint(kernel: Kernel, name: str) -> None:
+    """Round an f64 to the nearest integer, ties to even: adding 1.5 2^52 leaves no place for more.
+
+    Exact for |x| < 2^51.
+    """
+    kernel.line(f"{name} = ({name} + 6755399441055744.0) - 6755399441055744.0")
+
+
+def write_stored(kernel: Kernel, value: str, dtype: str) -> None:
+    """Bind `stored` to an f64 rounded once to its stored type, and `single` to that as f32."""
+    if dtype == "f16":
+        # NOTE: by way of f32 it would be rounded twice; cut there, and mark what was cut.
+        kernel.line(f"bits = {value}.to(tl.int64, bitcast=True)")
+        kernel.line("odd = tl.where((bits & 536870911) != 0, 536870912, 0)")
+        kernel.line("bits = (bits & -536870912) | odd")
+        kernel.line("stored = bits.to(tl.float64, bitcast=True).to(tl.float32).to(tl.float16)")
+    elif dtype == "bf16":
+        write_bf16_bits(kernel, f"{value}.to(tl.float32)")
+        kernel.line("stored = bits.to(tl.uint16)")
+    else:
+        kernel.line(f"stored = {value}.to(tl.float32)")
+    kernel.line(f"single = {as_f32('stored', dtype)}")

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from ..ir.maps import Gather, Hadamard, Map, Scale
+from ..ir.maps import Gather, Hadamard, Map, Scale, argument_name
 from ..ir.plan import StreamPlan
 
 # What the kernels of a plan do, by name, in the order in which every target writes them.
@@ -67,6 +67,10 @@ class KernelText:
             self.scalars.append(name)
         return name
 
+    def source(self) -> str:
+        """Return the whole function; every language has its own."""
+        raise NotImplementedError
+
     def arguments(self) -> list[str]:
         """Return the arguments as launch.json has them: "name:dtype" for arrays, then "name"."""
         return [f"{name}:{dtype}" for name, dtype in self.buffers] + self.scalars
@@ -97,18 +101,13 @@ def append_arguments(kernel: KernelText, stream: StreamPlan) -> None:
     constant_arguments(kernel, stream.maps)
 
 
-def constant_name(name: str, kind: str) -> str:
-    """Return the argument's name of a constant."""
-    return f"{kind}_{''.join(c if c.isalnum() else '_' for c in name)}"
-
-
 def constant_arguments(kernel: KernelText, maps: Sequence[Map]) -> None:
     """Declare the constants that maps read: f64 scales and i32 orders, flat [H, D]."""
     for m in maps:
         match m:
             case Gather(order=name):
-                kernel.array(constant_name(name, "order"), "int32")
+                kernel.array(argument_name(name, "order"), "int32")
             case Scale(values=name):
-                kernel.array(constant_name(name, "scale"), "float64")
+                kernel.array(argument_name(name, "scale"), "float64")
             case Hadamard():
                 pass

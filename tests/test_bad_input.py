@@ -55,7 +55,7 @@ REFUSALS: dict[str, tuple[str, str, str, str]] = {
         "unknown key 'recnet'",
         "<folder>/mine.toml: v.recnet",
         "did you mean recent? known keys: sink, recent, flush, format, bits, axis, "
-        "group, zero, params, clip",
+        "group, zero, params, clip, sparse",
     ),
     "unknown key of a pass": (
         "unknown-key",

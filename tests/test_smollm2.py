@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 import kvant
-from kvant.compiler.bind import ModelSource, find_packaged_smollm2, open_model
+from kvant.compiler.bind import ModelSource, open_model
+from kvant.compiler.extras import find_packaged_smollm2
 from kvant.compiler.quality import Quality, evaluate
 from kvant.compiler.texts import demo_text
 from kvant.runtime import load
@@ -43,6 +44,7 @@ group = "head"
 
 
 OTHER_RECIPES = (
+    "dense-sparse-4bit",
     "int4-token",
     "int8-token",
     "kivi-2bit",
@@ -219,6 +221,18 @@ def test_split_2bit_is_better_than_kivi_2bit_at_no_more_bits(
     ours, theirs = (compiled(name).plans[0] for name in ("split-2bit", "kivi-2bit"))
     for length in range(1024, 65_536, 61):
         assert ours.bytes(length) <= theirs.bytes(length), length
+
+
+@pytest.mark.long
+def test_dense_sparse_4bit_is_better_than_kivi_4bit_at_fewer_bits(
+    source: ModelSource, compiled: Any, quality: Any
+) -> None:
+    ours, theirs = quality("dense-sparse-4bit"), quality("kivi-4bit")
+    assert ours["bits_per_element"] < theirs["bits_per_element"]
+    assert ours["kl_mean_high"] < theirs["kl_mean_low"], (ours, theirs)
+    (plan, *_), (other, *_) = (compiled(n).plans for n in ("dense-sparse-4bit", "kivi-4bit"))
+    for length in range(64, 65_536, 61):
+        assert plan.bytes(length) <= other.bytes(length), length
 
 
 @pytest.mark.long

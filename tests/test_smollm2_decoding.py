@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 import kvant
-from kvant.compiler.bind import ModelSource, find_packaged_smollm2, open_model
+from kvant.compiler.bind import ModelSource, open_model
+from kvant.compiler.extras import find_packaged_smollm2
 from kvant.compiler.texts import demo_text
 from kvant.runtime.cache import Cache
 
@@ -165,7 +166,7 @@ def test_rows_with_the_same_tensors_are_bit_for_bit(
         alone = cache.artifact.new_cache(batch=1, max_tokens=1024)
         for name, layer, tensors, result in calls:
             own = [t[row : row + 1] for t in tensors]
-            if name == "append" and alone.layer_length(layer) == 0:
+            if name == "append" and alone.layers[layer].columns.length == 0:
                 own = [t[:, :, skip:] for t in own]
             found = getattr(alone, name)(layer, *own)
             if name == "attend":

@@ -2,12 +2,26 @@
 
 Every format has `group_tokens`, `check(channels, where)`, `encode(x) -> fields`, `decode(fields)`
 and `roundtrip(x)`; fields are named arrays as a page holds them, except that codes are one a byte.
+`Drop`, which only a slice can be, stores nothing, so it has no `decode`: `Slices` fills in zeros.
 """
 
 from .affine import Int
 from .bfp import Bfp
 from .raw import Raw
-from .slices import Drop, Plain, Slice, Slices
+from .slices import Drop, Slice, SliceFormat, Slices, Term
+from .sparse import Sparse
 from .tokens import Format, Tokens
 
-__all__ = ["Bfp", "Drop", "Format", "Int", "Plain", "Raw", "Slice", "Slices", "Tokens"]
+__all__ = [
+    "Bfp",
+    "Drop",
+    "Format",
+    "Int",
+    "Raw",
+    "Slice",
+    "SliceFormat",
+    "Slices",
+    "Sparse",
+    "Term",
+    "Tokens",
+]

@@ -19,6 +19,7 @@ from ..errors import KvantError
 from .affine import Int
 from .bfp import Bfp
 from .raw import Raw, check_integer, stored_finite
+from .sparse import Sparse
 
 SLICE_CHANNELS = 16
 
@@ -42,8 +43,8 @@ class Drop:
         return {}
 
 
-Plain = Raw | Int | Bfp
-SliceFormat = Plain | Drop
+Term = Raw | Int | Bfp | Sparse
+SliceFormat = Term | Drop
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,7 @@ class Slice:
                 "bad-encoding",
                 f"format is {self.format!r}",
                 where="slice",
-                fix="use a format (raw, int, bfp, drop)",
+                fix="use a format (raw, int, bfp, sparse, drop)",
             )
 
 

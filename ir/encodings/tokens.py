@@ -10,9 +10,9 @@ import numpy as np
 from ..arrays import Array
 from ..errors import KvantError
 from .raw import Raw, check_choice, check_integer
-from .slices import Plain, Slices
+from .slices import Slices, Term
 
-Format = Plain | Slices
+Format = Term | Slices
 F32 = Raw("f32")
 
 
@@ -53,7 +53,7 @@ class Tokens:
                 "bad-encoding",
                 f"rest is {self.rest!r}, raw is {self.raw!r}",
                 where="tokens",
-                fix="use a format (raw, int, bfp, slices) for rest and a raw one for raw",
+                fix="use a format (raw, int, bfp, sparse, slices) for rest and a raw one for raw",
             )
         group = self.rest.group_tokens
         if self.flush == "block" and (self.recent < 1 or self.recent % group):

@@ -2,12 +2,14 @@
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from kvant.compiler.bind import ModelSource, find_packaged_smollm2, open_model
+from kvant.compiler.bind import ModelSource, open_model
 from kvant.compiler.capture import Model, capture
+from kvant.compiler.extras import find_packaged_smollm2
 from kvant.ir.errors import KvantError
 
 from .. import families
@@ -47,3 +49,10 @@ def smollm2() -> ModelSource:
 def smollm2_module(smollm2: ModelSource) -> Any:
     """Return the torch model of SmolLM2 in fp32, loaded once per session. Leave it as it is."""
     return smollm2.load()
+
+
+@pytest.fixture
+def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a folder for output and for all temporary files: what stays can be seen."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    return tmp_path

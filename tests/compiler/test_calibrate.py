@@ -90,6 +90,35 @@ def test_statistics_are_those_of_q_k_and_v_after_rope() -> None:
             np.testing.assert_allclose(moment, (kept**2).mean(1), rtol=1e-5)
 
 
+def test_the_largest_values_are_those_of_all_windows_in_order() -> None:
+    model, tokens = tiny(), ids(560)
+    stats = calibrate(open_model(model), tokens)
+    windows = [seen_by(model, tokens[i : i + 256]) for i in (0, 256, 512)]
+    for layer, made in stats.items():
+        for place, name in enumerate("kv", start=1):
+            kept = torch.cat([window[layer][place][:, SKIPPED:] for window in windows], 1)
+            sizes = np.abs(kept.double().numpy()).transpose(1, 0, 2)
+            largest = getattr(made, f"{name}_largest")
+            assert largest.shape == (64, 2, 16)
+            assert largest.dtype == np.float64
+            np.testing.assert_allclose(largest, -np.sort(-sizes, axis=0)[:64], rtol=1e-5)
+            assert (largest[0] == getattr(made, f"{name}_absmax")).all()
+
+
+def test_fewer_tokens_are_all_kept() -> None:
+    made = calibrate(open_model(tiny()), ids(64))[1]
+    assert made.tokens == len(made.k_largest) == len(made.v_largest) == 64 - SKIPPED
+    np.testing.assert_allclose((made.v_largest**2).mean(0), made.v_second_moment)
+
+
+def test_a_last_window_as_short_as_what_is_left_out() -> None:
+    model, tokens = tiny(), ids(256 + SKIPPED)
+    long, short = (calibrate(open_model(model), some)[1] for some in (tokens, tokens[:256]))
+    assert long.tokens == short.tokens == 256 - SKIPPED
+    assert (long.k_absmax == short.k_absmax).all()
+    assert (long.v_largest == short.v_largest).all()
+
+
 def test_a_long_text_is_cut_into_windows() -> None:
     model, tokens = tiny(), ids(600)
     made = calibrate(open_model(model), tokens, tokens=560)[1]
@@ -114,6 +143,7 @@ def test_without_text_the_model_writes_its_own_and_always_the_same(kind: str) ->
     for layer in (0, 1):
         assert (one[layer].k_absmax == two[layer].k_absmax).all()
         assert (one[layer].v_second_moment == two[layer].v_second_moment).all()
+        assert (one[layer].k_largest == two[layer].k_largest).all()
     assert (one[1].k_absmax != other[1].k_absmax).any()
 
 

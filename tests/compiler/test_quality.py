@@ -10,15 +10,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvant.compiler.bind import open_model
-from kvant.compiler.quality import (
-    Protocol,
-    Quality,
-    evaluate,
-    interval,
-    kl,
-    log_softmax,
-    packed_share,
-)
+from kvant.compiler.quality import Protocol, Quality, evaluate, packed_share
+from kvant.compiler.statistics import interval, kl, log_softmax
 from kvant.compiler.texts import name_of
 from kvant.ir.encodings import Int, Raw, Tokens
 from kvant.ir.errors import KvantError

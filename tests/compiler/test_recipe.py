@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kvant.compiler import recipe as recipes
-from kvant.ir.encodings import Bfp, Drop, Int, Slice, Slices, Tokens
+from kvant.ir.encodings import Bfp, Drop, Int, Slice, Slices, Sparse, Tokens
 from kvant.ir.errors import KvantError
 from kvant.passes import PASSES
 
@@ -41,7 +41,8 @@ def test_every_recipe_of_ours_binds_to_heads_of_64_and_128(name: str) -> None:
 
 def test_the_names_of_the_contract() -> None:
     expected = (
-        "int4-token int8-token kivi-2bit kivi-4bit ksort-bfp qserve-kv4 quarot-kv4 split-2bit"
+        "dense-sparse-4bit int4-token int8-token kivi-2bit kivi-4bit ksort-bfp qserve-kv4 "
+        "quarot-kv4 split-2bit"
     )
     assert set(expected.split()) <= set(recipes.names())
     assert recipes.DEFAULT == "kivi-4bit"
@@ -96,6 +97,38 @@ def test_split_keeps_the_outliers_of_keys_at_8_bits_and_the_rest_at_2() -> None:
         parts = ((16, Drop()), (channels - 32, rest), (16, outliers))
         assert k == Tokens(Slices(tuple(Slice(*part) for part in parts)), sink=4)
         assert v == Tokens(Int(2, "token", 64), sink=4, recent=16)
+
+
+def test_dense_sparse_keeps_outliers_of_keys_by_threshold_and_of_values_by_size() -> None:
+    recipe, _ = recipes.load("dense-sparse-4bit")
+    assert [(r.name, r.options) for r in recipe.rewrite] == [("threshold-k", {"share": 0.01})]
+    k, v = (recipes.tokens(s, 64, "t").rest for s in (recipe.k, recipe.v))
+    assert k == Sparse(Int(4, "channel", 64), 1, limit=1.0)
+    assert v == Sparse(Int(4, "token", 64), 1)
+
+
+def test_sparse_entries_of_a_stream_and_of_a_slice() -> None:
+    sparse = {"count": 3, "limit": 2, "values": "bf16"}
+    int_k = {"format": "int", "bits": 4, "axis": "token", "group": 16, "sparse": sparse}
+    bfp = {"format": "bfp", "mantissa": 4, "block": "slice", "channels": "rest", "sparse": sparse}
+    drop = {"format": "drop", "channels": 16}
+    data = {"name": "mine", "k": int_k, "v": {"format": "slices", "slice": [drop, bfp]}}
+    recipe = recipes.parse(data, "mine.toml")
+    k, v = (recipes.tokens(s, 64, "t").rest for s in (recipe.k, recipe.v))
+    assert k == Sparse(Int(4, "token", 16), 3, 2.0, "bf16")
+    assert v == Slices((Slice(16, Drop()), Slice(48, Sparse(Bfp(4, 48), 3, 2.0, "bf16"))))
+    assert recipes.parse(tomllib.loads(recipes.load(recipe)[1]), "m") == recipe
+
+
+def test_an_unknown_key_of_sparse_entries() -> None:
+    k = {"format": "int", "bits": 4, "axis": "token", "group": 16, "sparse": {"cuont": 1}}
+    with pytest.raises(KvantError) as caught:
+        recipes.parse(BASE | {"k": k}, "mine.toml")
+    assert str(caught.value) == (
+        "unknown key 'cuont'\n"
+        "  where: mine.toml: k.sparse.cuont\n"
+        "  fix: did you mean count? known keys: count, limit, values  [unknown-key]"
+    )
 
 
 def test_head_means_the_whole_head() -> None:
@@ -282,7 +315,9 @@ def test_unknown_pass() -> None:
     assert error.code == "unknown-pass"
     assert error.what == "there is no pass 'chanel-reorder'"
     assert error.where == "mine.toml: rewrite 1"
-    assert error.fix == "known passes: hadamard-qk, hadamard-v, smooth-k, sort-k, sort-v"
+    assert error.fix == (
+        "known passes: hadamard-qk, hadamard-v, smooth-k, sort-k, sort-v, threshold-k, threshold-v"
+    )
 
 
 def test_group_must_divide() -> None:

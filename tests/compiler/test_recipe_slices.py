@@ -129,7 +129,7 @@ def test_an_unknown_key_of_a_slice(key: str, place: str, hint: str) -> None:
     assert str(error) == (
         f"unknown key '{key}'\n"
         f"  where: mine.toml: {place}\n"
-        f"  fix: {hint}known keys: channels, format, bits, axis, group, zero, params, clip"
+        f"  fix: {hint}known keys: channels, format, bits, axis, group, zero, params, clip, sparse"
         "  [unknown-key]"
     )
 

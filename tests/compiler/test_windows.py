@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 
 import kvant
-from kvant.compiler import driver, tables
 from kvant.compiler import recipe as recipes
+from kvant.compiler import tables
 from kvant.compiler.bind import open_model
 from kvant.compiler.capture import capture
 from kvant.compiler.facts import facts_of, smaller_from
 from kvant.compiler.shape import Shape, shape_model
+from kvant.compiler.variants import rewrite
 from kvant.ir.encodings import Raw, Tokens
 from kvant.runtime.artifact import Artifact
 
@@ -35,7 +36,7 @@ def test_a_shape_says_its_dtype(dtype: Any) -> None:
     mixed = type(model)(
         "mixed", "shape", (*model.graphs, *plain.graphs), both, model.facts, model.fingerprint
     )
-    ring, packed = driver.rewrite(mixed, recipe)
+    ring, packed = rewrite(mixed, recipe)
     assert ring.plan.window == 16
     assert ring.plan.k.tokens == ring.plan.v.tokens == Tokens(Raw(dtype), raw=Raw(dtype))
     assert packed.plan.k.tokens.quantizes
@@ -51,7 +52,7 @@ def test_the_dtype_is_what_the_model_says(make_model: Any, tmp_path: Path) -> No
     assert source.dtype == "bf16"
     model = capture(source)
     assert model.facts["dtype"] == "bf16"
-    variants = driver.rewrite(model, recipes.parse(QUANTIZE | {"window": "keep"}, "mine.toml"))
+    variants = rewrite(model, recipes.parse(QUANTIZE | {"window": "keep"}, "mine.toml"))
     rings = {v.plan.window: v.plan.v.tokens for v in variants}
     assert rings[6] == Tokens(Raw("bf16"), raw=Raw("bf16"))
     assert rings[None].quantizes

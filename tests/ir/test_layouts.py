@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from kvant.ir.encodings import Bfp, Int, Raw
 from kvant.ir.errors import KvantError
-from kvant.ir.layouts import PageLayout, pack_plane, page_tokens, unpack_plane
+from kvant.ir.layouts import PageLayout, page_tokens
+from kvant.ir.planes import pack_plane, unpack_plane
 
 
 def fields_of(layout, rng):

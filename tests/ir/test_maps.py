@@ -12,6 +12,7 @@ from kvant.ir.maps import (
     Scale,
     apply,
     apply_inverse,
+    constant_problem,
     dual,
     hadamard_transform,
 )
@@ -110,6 +111,25 @@ def test_a_missing_or_misshapen_constant_is_refused():
         apply([Scale("scales")], x, CONSTANTS, repeat=2)
     with pytest.raises(KvantError, match="has shape"):
         apply([Scale("scales")], np.zeros((1, H, 1, 4)), CONSTANTS)
+
+
+def test_an_order_is_a_permutation_in_every_row():
+    assert constant_problem("gather", ORDER) is None
+    assert constant_problem("gather", ORDER.astype(np.int32)) is None
+    assert constant_problem("gather", ORDER.astype(float)) == "its type is float64"
+    twice = np.where(ORDER == 3, 4, ORDER)
+    twice[0] = ORDER[0]
+    what = "the row of head 1 is no permutation of 0..7"
+    assert constant_problem("gather", twice) == what
+    assert constant_problem("gather", np.stack([ORDER[0], ORDER[1] + 1])) == what
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, np.inf, np.nan])
+def test_a_scale_is_finite_and_above_zero(value):
+    assert constant_problem("scale", SCALES) is None
+    spoilt = SCALES.copy()
+    spoilt[1, 2] = value
+    assert constant_problem("scale", spoilt) == "a scale is not a positive number"
 
 
 @pytest.mark.parametrize("make", [lambda: Gather(""), lambda: Scale(""), lambda: Scale("s", 1)])

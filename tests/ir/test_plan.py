@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvant.ir.encodings import Bfp, Int, Raw, Tokens
+from kvant.ir.encodings import Bfp, Int, Raw, Sparse, Tokens
 from kvant.ir.errors import KvantError
 from kvant.ir.maps import Gather, Hadamard, Scale
-from kvant.ir.plan import AttentionPlan, StreamPlan, plan_from_graph
+from kvant.ir.plan import AttentionPlan, StreamPlan
+from kvant.ir.plan_from_graph import plan_from_graph
 from kvant.ir.rewrite import Builder
 from kvant.ir.types import TensorType
 
@@ -156,6 +157,7 @@ def stream(tokens, heads=1, channels=128, page=None):
         (Int(4, "channel", 64), 4.5),
         (Int(8, "token", 128, "none"), 8.125),
         (Bfp(4, 128), 4.0625),
+        (Sparse(Int(4, "token", 128), 2), 4.625),
         (Bfp(4, 64), 4.125),
         (Bfp(4, 32), 4.25),
         (Bfp(8, 64), 8.125),
@@ -238,6 +240,13 @@ formats = st.one_of(
         st.floats(0.25, 1.0),
     ),
     st.builds(Bfp, st.integers(2, 8), st.sampled_from([1, 2, 4, 8])),
+    st.builds(
+        Sparse,
+        st.builds(Bfp, st.integers(2, 8), st.sampled_from([1, 2, 4, 8])),
+        st.integers(1, 7),
+        st.floats(0.0, 9.0),
+        st.sampled_from(["f16", "bf16", "f32"]),
+    ),
 )
 maps = st.lists(
     st.sampled_from([Hadamard(8), Gather("kvant.o"), Scale("kvant.s"), Scale("kvant.s", True)]),

@@ -1,16 +1,19 @@
 """The text form: exact print, round trip, errors with line numbers."""
 
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvant.ir import attrs
 from kvant.ir.encodings.affine import Int
 from kvant.ir.encodings.bfp import Bfp
 from kvant.ir.encodings.raw import Raw
 from kvant.ir.encodings.slices import Drop, Slice, Slices
+from kvant.ir.encodings.sparse import Sparse
 from kvant.ir.encodings.tokens import Tokens
 from kvant.ir.errors import KvantError
 from kvant.ir.graph import Graph, Op, Value
@@ -96,6 +99,9 @@ ATTRS = {
     "slices((slice(width = 16, format = drop()), slice(width = 16, format = raw(f16))))": Slices(
         (Slice(16, Drop()), Slice(16, Raw("f16")))
     ),
+    "sparse(dense = bfp(mantissa = 4, block = 16), count = 2, limit = 1.0, values = f16)": Sparse(
+        Bfp(4, 16), 2, 1.0
+    ),
     "tokens(sink 0: f16, recent 0: f16, flush = group, rest: bf16)": Tokens(
         Raw("bf16"), raw=Raw("f16")
     ),
@@ -108,6 +114,10 @@ def parse_attr(text: str) -> object:
         .ops[0]
         .attr("name")
     )
+
+
+def test_every_record_has_a_tag():
+    assert sorted(map(str, attrs.ATTRS.values())) == sorted(map(str, get_args(attrs.Record)))
 
 
 @pytest.mark.parametrize("text", ATTRS)
@@ -152,7 +162,7 @@ LINE_ERRORS = {
     "%y : f32[B, T] = add %x end": "expected end, found end",
     "%y : f32[B, T] = add %x %x {a = hadamrd(64)}": (
         "no attribute hadamrd(...); did you mean hadamard? known: bfp drop gather hadamard int raw"
-        " scale slice slices tokens"
+        " scale slice slices sparse tokens"
     ),
     "%y : f32[B, T] = add %x %x {a = hadamard(63)}": (
         "a Hadamard transform of size 63 does not exist here"

@@ -15,10 +15,8 @@ from kvant.ir.rewrite import Builder, dead_code, rewrite
 from kvant.ir.stats import LayerStats
 from kvant.ir.types import TensorType
 from kvant.ir.verify import verify
-from kvant.ir.weight_edits import EDITS, apply_weight_edits
+from kvant.ir.weight_edits import EDITS, apply_weight_edits, is_weight, weight_edits
 from kvant.passes import PASSES
-from kvant.passes.sites import is_weight
-from kvant.passes.weight_edits import weight_edits
 
 PROMPT, NEW = 7, 4
 FAR = 100_000
@@ -222,6 +220,7 @@ def stats_of(case: Case) -> LayerStats:
     _, state = run(case, case.graph, case.params)
     absmax = {role: np.abs(x).max(axis=(0, 2)) for role, x in state.items()}
     moment = {role: (x**2).mean(axis=(0, 2)) for role, x in state.items()}
+    largest = {role: _largest(x) for role, x in state.items()}
     q = queries_of(case, case.graph, case.params)
     return LayerStats(
         absmax["k"],
@@ -230,8 +229,16 @@ def stats_of(case: Case) -> LayerStats:
         (q**2).mean(axis=(0, 2)),
         absmax["v"],
         moment["v"],
-        tokens=PROMPT + NEW,
+        tokens=len(state["k"]) * (PROMPT + NEW),
+        k_largest=largest["k"],
+        v_largest=largest["v"],
     )
+
+
+def _largest(x: Array, rows: int = 64) -> Array:
+    """Return the largest |x| of each channel of x [B, H, T, D], descending, [rows, H, D]."""
+    by_token = np.abs(x).transpose(0, 2, 1, 3).reshape(-1, x.shape[1], x.shape[3])
+    return np.sort(by_token, axis=0)[::-1][:rows]
 
 
 def queries_of(case: Case, graph: Graph, params: Mapping[str, Array]) -> Array:

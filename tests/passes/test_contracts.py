@@ -17,6 +17,8 @@ OPTIONS = {
     "smooth-k": [{}, {"alpha": 1.0}],
     "sort-k": [{}, {"key": "rms"}, {"key": "range"}, {"key": "fisher"}],
     "sort-v": [{}, {"key": "rms"}, {"key": "range"}, {"key": "fisher"}],
+    "threshold-k": [{}, {"share": 0.05}],
+    "threshold-v": [{}, {"share": 0.05}],
 }
 RECIPES = [
     ("smooth-k", "sort-k", "hadamard-v", "dead-code"),
@@ -25,6 +27,8 @@ RECIPES = [
     ("sort-k", "hadamard-qk", "smooth-k"),
     ("sort-v", "hadamard-v", "sort-k"),
     ("hadamard-v", "sort-v", "smooth-k", "hadamard-qk"),
+    ("smooth-k", "sort-k", "threshold-k", "sort-v", "threshold-v"),
+    ("threshold-k", "hadamard-qk", "threshold-v", "hadamard-v"),
 ]
 
 
@@ -91,6 +95,8 @@ def test_exact_pass_changes_nothing_that_can_be_seen(kit, name):
         ("smooth-k", {}),
         ("sort-k", {"key": "rms"}),
         ("sort-k", {"key": "fisher"}),
+        ("threshold-k", {}),
+        ("threshold-v", {}),
         ("dead-code", {}),
     ],
 )

@@ -106,7 +106,10 @@ def test_rotation_folded_before_a_centered_norm(kit):
     assert _is_refused(wrong, "a rotation does not commute with center")
 
 
-@pytest.mark.parametrize(("name", "constant"), [("smooth-k", "k_smooth"), ("sort-k", "k_order")])
+@pytest.mark.parametrize(
+    ("name", "constant"),
+    [("smooth-k", "k_smooth"), ("sort-k", "k_order"), ("threshold-k", "k_threshold")],
+)
 def test_wrong_head_map(kit, name, constant):
     """Query head h reads key head h // group; here it takes the map of h % heads."""
     case = kit.draw(kit.Config(heads=2, group=3), 5)
@@ -116,7 +119,7 @@ def test_wrong_head_map(kit, name, constant):
     wrong = params | {"kvant.wrong": params[key][heads]}
 
     def rule(b, op, args):
-        if op.name in ("scale_rows", "gather") and op.attr("repeat") == 3:
+        if op.name in ("scale_rows", "gather", "scale") and op.attr("repeat") == 3:
             table = TensorType(op.args[1].tensor.dtype, wrong["kvant.wrong"].shape)
             given = dict(op.attrs) | {"repeat": 1}
             return b.emit(op.name, args[0], b.param("kvant.wrong", table), **given)
@@ -193,7 +196,7 @@ def test_smoothing_folded_before_qk_norm(kit):
     assert _is_refused(wrong, "rms_norm divides by the scaled norm")
 
 
-@pytest.mark.parametrize("name", ["smooth-k", "hadamard-v", "sort-v"])
+@pytest.mark.parametrize("name", ["smooth-k", "hadamard-v", "sort-v", "threshold-v"])
 def test_forgotten_bias(kit, name):
     case = kit.draw(kit.Config(width=16, value_width=16, bias=True), 17)
     graph, params = kit.apply_passes(case, [name])
@@ -214,6 +217,8 @@ def test_forgotten_bias(kit, name):
         ("hadamard-qk", "hadamard", "the queries are in"),
         ("hadamard-v", "hadamard_cols", "mapped back from"),
         ("sort-v", "gather_cols", "mapped back from"),
+        ("threshold-k", "scale", "the queries are in"),
+        ("threshold-v", "scale_cols", "mapped back from"),
     ],
 )
 def test_forgotten_side(kit, name, forgotten, reason):
@@ -222,7 +227,8 @@ def test_forgotten_side(kit, name, forgotten, reason):
     graph, params = kit.apply_passes(case, [name])
 
     def rule(b, op, args):
-        is_query = op.name != "hadamard" or op.result.tensor.shape[1] == case.config.q_heads
+        is_online = op.name in ("hadamard", "scale")
+        is_query = not is_online or op.result.tensor.shape[1] == case.config.q_heads
         return args[0] if op.name == forgotten and is_query else None
 
     wrong = rewrite(graph, rule)
@@ -245,10 +251,10 @@ def test_forgotten_norm_offset(kit):
     ("config", "role", "kind", "reason"),
     [
         ({}, "k", "scale", "differs inside a RoPE pair"),
-        ({}, "k", "rotation", "a rotation mixes pairs"),
-        ({}, "k", "permutation", "channels may not move"),
+        ({}, "k", "rotation", "a rotation does not commute with rope"),
+        ({}, "k", "permutation", "rope turns each channel pair at its own frequency"),
         ({}, "k", "shift", "depend on the position"),
-        ({"norm": "head", "rope": False}, "k", "rotation", "a rotation mixes channels"),
+        ({"norm": "head", "rope": False}, "k", "rotation", "does not commute with rms_norm"),
         ({"norm": "flat", "rope": False}, "q", "permutation", "would have to move"),
         ({"rope": False, "softcap": 30.0}, "k", "shift", "under a softcap"),
         ({"rope": False}, "k", "shift", "is not built"),

@@ -32,7 +32,10 @@ def test_head_size_without_a_hadamard_matrix(kit, name):
     )
 
 
-@pytest.mark.parametrize("name", ["hadamard-v", "hadamard-qk", "smooth-k", "sort-k", "sort-v"])
+ONCE = ["hadamard-v", "hadamard-qk", "smooth-k", "sort-k", "sort-v", "threshold-k", "threshold-v"]
+
+
+@pytest.mark.parametrize("name", ONCE)
 def test_a_pass_runs_once(kit, name):
     graph = PASSES[name].run(kit.build(kit.Config()))
     refused = _refusal(PASSES[name].run, graph)

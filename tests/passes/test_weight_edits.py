@@ -8,9 +8,8 @@ import pytest
 from kvant.ir.errors import KvantError
 from kvant.ir.rewrite import Builder
 from kvant.ir.types import TensorType
-from kvant.ir.weight_edits import WeightOp, apply_weight_edits
+from kvant.ir.weight_edits import WeightOp, apply_weight_edits, weight_edits
 from kvant.passes import PASSES
-from kvant.passes.weight_edits import weight_edits
 
 
 def _records(graph):

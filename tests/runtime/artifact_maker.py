@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 
 from kvant.compiler.artifact_writer import write_artifact
+from kvant.compiler.capture import Layer
+from kvant.compiler.variants import Variant
 from kvant.ir.encodings import Int, Tokens
 from kvant.ir.errors import KvantError
 from kvant.ir.graph import Graph
@@ -21,6 +23,7 @@ from kvant.ir.plan import AttentionPlan, StreamPlan
 from kvant.runtime import load
 from kvant.runtime.machine import this_machine
 from kvant.runtime.strict_json import canonical
+from kvant.targets import Build
 
 HEADS, CHANNELS, LAYERS = 2, 16, 3
 ORDER, SMOOTH, SINKS = "kvant.k_order", "kvant.k_smooth", "sinks"
@@ -36,27 +39,6 @@ def plan(bits: int = 4, recent: int = 0, sinks: str | None = None) -> AttentionP
 
 PLANS = (plan(), plan(bits=8, recent=3, sinks=SINKS))
 INTEGER_PLANS = tuple(replace(one, compute="int") for one in PLANS)
-
-
-@dataclass(frozen=True)
-class Layer:
-    index: int
-    structure: int
-    prefix: str
-
-
-@dataclass(frozen=True)
-class Variant:
-    graph: Graph
-    plan: AttentionPlan
-    layers: tuple[Layer, ...]
-
-
-@dataclass(frozen=True)
-class Build:
-    target: str
-    facts: dict[str, Any]
-    files: dict[str, bytes]
 
 
 def cpu_facts(**changes: Any) -> dict[str, Any]:
@@ -113,8 +95,8 @@ def write(out: Path, plans: tuple[AttentionPlan, ...] = PLANS, **changes: Any) -
     """Write the small artifact; keyword arguments replace those of `write_artifact`."""
     layers = tuple(Layer(i, 0, f"model.layers.{i}.self_attn.") for i in range(LAYERS))
     variants = (
-        Variant(Graph("attention", (), ()), plans[0], (layers[0], layers[2])),
-        Variant(Graph("attention", (), ()), plans[1], (layers[1],)),
+        Variant(Graph("attention", (), ()), plans[0], (), (layers[0], layers[2])),
+        Variant(Graph("attention", (), ()), plans[1], (), (layers[1],)),
     )
     model = types.SimpleNamespace(
         name="tiny",

@@ -4,7 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from kvant.runtime.cache import Cache, Stream
+from kvant.runtime.cache import Cache
+from kvant.runtime.stream import Stream
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

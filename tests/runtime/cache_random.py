@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from kvant.ir.encodings import Bfp, Drop, Format, Int, Plain, Raw, Slice, Slices, Tokens
+from kvant.ir.encodings import Bfp, Drop, Format, Int, Raw, Slice, Slices, Sparse, Term, Tokens
 from kvant.ir.layouts import page_tokens
 from kvant.ir.maps import Gather, Hadamard, Map, Scale
 from kvant.ir.plan import AttentionPlan, StreamPlan
@@ -16,18 +16,28 @@ from .cache_runner import Case, Step
 
 def random_format(rng: Any, channels: int) -> Format:
     if rng.random() < 0.8:
-        return random_plain(rng, channels)
+        return random_term(rng, channels)
     cuts = np.flatnonzero(rng.random(channels // 16 - 1) < 0.5) + 1
     widths = 16 * np.diff([0, *cuts, channels // 16])
-    slices = [Slice(int(width), random_plain(rng, int(width))) for width in widths]
+    slices = [Slice(int(width), random_term(rng, int(width))) for width in widths]
     if len(slices) > 1 and rng.random() < 0.4:
         place = int(rng.integers(len(slices)))
         slices[place] = Slice(slices[place].width, Drop())
     return Slices(tuple(slices))
 
 
-def random_plain(rng: Any, channels: int) -> Plain:
-    """A format for a whole head, or for one slice of 16 channels or more."""
+def random_term(rng: Any, channels: int) -> Term:
+    """A format for a whole head, or for one slice of 16 channels or more; sparse now and then."""
+    fmt = random_plain(rng, channels)
+    if isinstance(fmt, Raw) or rng.random() < 0.8:
+        return fmt
+    values = str(rng.choice(["f16", "bf16", "f32"]))
+    limit = float(rng.choice([0.0, 1.0, 2.5]))
+    return Sparse(fmt, int(rng.choice([1, 2, 5])), limit, values)  # type: ignore[arg-type]
+
+
+def random_plain(rng: Any, channels: int) -> Raw | Int | Bfp:
+    """A format without sparse entries."""
     kind = rng.choice(["raw", "int", "int", "int", "int", "bfp"])
     if kind == "raw":
         return Raw(str(rng.choice(["f32", "bf16", "f16"])))  # type: ignore[arg-type]

@@ -10,8 +10,9 @@ import pytest
 from kvant.ir.errors import KvantError
 from kvant.ir.plan import AttentionPlan
 from kvant.ir.tolerance import score_rounding, share_of_allowed
-from kvant.runtime.cache import Cache, Kernels, Stream
+from kvant.runtime.cache import Cache
 from kvant.runtime.launch_reference import read_stream
+from kvant.runtime.stream import Kernels, Stream
 
 from .cache_bytes import poison
 from .cache_oracle import Array, Constants, Oracle, OracleStream

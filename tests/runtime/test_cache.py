@@ -1,98 +1,19 @@
-"""The cache against its oracle: what attend reads, what pages hold, what truncation leaves."""
+"""The cache against its oracle: what attend reads, and what pages hold."""
 
 import itertools
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
 
-from kvant.ir.encodings import Bfp, Drop, Int, Raw, Slice, Slices, Tokens
-from kvant.ir.errors import KvantError
-from kvant.ir.layouts import page_tokens
-from kvant.ir.maps import Hadamard
-from kvant.ir.plan import AttentionPlan, StreamPlan
 from kvant.runtime.cache import Cache
 from kvant.runtime.columns import new_columns
 from kvant.runtime.launch_reference import Kernels
 from kvant.runtime.pages import open_pool
 
 from .cache_bytes import poison, stored_bytes
-from .cache_interrupt import interrupting
-from .cache_oracle import Array
+from .cache_plans import ENCODINGS, D, feed, make_cache, make_plan, queries, refused, values
 from .cache_runner import Case, new_pair, random_kv, run_case
-
-D = 32
-KIVI = Tokens(Int(2, "channel", 32), recent=64, flush="block")
-ENCODINGS = {
-    "bf16": Tokens(Raw("bf16")),
-    "f32-sink-recent": Tokens(Raw("f32"), sink=4, recent=5),
-    "int8-token": Tokens(Int(8, "token", 32, zero="none")),
-    "int4-token": Tokens(Int(4, "token", 16, zero="int"), sink=1),
-    "int3-token": Tokens(Int(3, "token", 32, params="bf16"), recent=7),
-    "int2-token-block": Tokens(Int(2, "token", 16), sink=4, recent=16, flush="block"),
-    "int4-channel": Tokens(Int(4, "channel", 32), sink=4),
-    "int2-channel-block": KIVI,
-    "int3-channel-96": Tokens(Int(3, "channel", 96, zero="int"), recent=3),
-    "int8-channel": Tokens(Int(8, "channel", 64, zero="none", params="f32"), sink=2, recent=40),
-    "int4-token-bf16": Tokens(Int(4, "token", 32), sink=4, recent=9, raw=Raw("bf16")),
-    "int4-many-sinks": Tokens(Int(4, "token", 32), sink=100),
-    "bfp8": Tokens(Bfp(8, 32)),
-    "bfp4-sink-recent": Tokens(Bfp(4, 16), sink=3, recent=10),
-    "slices-2-and-8": Tokens(
-        Slices((Slice(16, Int(2, "channel", 32)), Slice(16, Int(8, "token", 16)))),
-        sink=4,
-        recent=64,
-        flush="block",
-    ),
-    "slices-dropped": Tokens(
-        Slices((Slice(16, Drop()), Slice(16, Int(3, "channel", 48)))), recent=9
-    ),
-    "slices-raw-and-bfp": Tokens(Slices((Slice(16, Raw("bf16")), Slice(16, Bfp(4, 8)))), sink=1),
-}
-
-
-def make_plan(k: Tokens, v: Tokens | None = None, heads: int = 2, **options: Any) -> AttentionPlan:
-    v = k if v is None else v
-    return AttentionPlan(
-        q_heads=2 * heads,
-        scale=D**-0.5,
-        softcap=None,
-        window=None,
-        q_maps=(),
-        k=StreamPlan("k", heads, D, (), k, page_tokens(k.rest)),
-        v=StreamPlan("v", heads, D, (), v, page_tokens(v.rest)),
-        out_maps=(),
-        **options,
-    )
-
-
-def make_cache(plan: AttentionPlan, batch: int = 1, max_tokens: int = 512, **options: Any) -> Cache:
-    return Cache([plan], Kernels([plan], [{}]), batch=batch, max_tokens=max_tokens, **options)
-
-
-def feed(cache: Cache, k: Array, v: Array, *chunks: int) -> None:
-    """Append k and v to layer 0 in chunks of these sizes, the rest at once."""
-    at = 0
-    for size in (*chunks, k.shape[2] - sum(chunks)):
-        cache.append(0, k[:, :, at : at + size], v[:, :, at : at + size])
-        at += size
-
-
-def values(plan: AttentionPlan, tokens: int, batch: int = 1, seed: int = 0) -> tuple[Array, Array]:
-    return random_kv(np.random.default_rng(seed), plan, batch, tokens)
-
-
-def queries(plan: AttentionPlan, tokens: int, batch: int = 1) -> Array:
-    rng = np.random.default_rng(99)
-    return rng.normal(size=(batch, plan.q_heads, tokens, D)).astype(np.float32)
-
-
-def refused(code: str, call: Callable[[], object]) -> KvantError:
-    with pytest.raises(KvantError) as caught:
-        call()
-    assert caught.value.code == code, caught.value
-    return caught.value
 
 
 @pytest.mark.parametrize("block", range(6))
@@ -189,97 +110,6 @@ def test_right_padding_is_as_if_it_were_not_there() -> None:
     assert padded.length == 92
 
 
-@pytest.mark.parametrize("name", ENCODINGS)
-def test_truncate_then_append_equals_never_appended(name: str) -> None:
-    """Down to the encoded end, for every number of removed tokens, also after a poisoned tail."""
-    plan = make_plan(ENCODINGS[name])
-    k, v = values(plan, 140)
-    other = values(plan, 60, seed=1)
-    q = queries(plan, 2)
-    for kept, extra in ((97, 1), (97, 20), (64, 3), (3, 2), (70, 60)):
-        cut, never = make_cache(plan), make_cache(plan)
-        for cache in (cut, never):
-            feed(cache, k[:, :, :kept], v[:, :, :kept], 1)
-        cut.append(0, other[0][:, :, :extra], other[1][:, :, :extra])
-        cut.truncate(kept)  # the extra tokens were appended last, so all are still raw
-        poison(cut, 0xFF)
-        for cache in (cut, never):
-            feed(cache, k[:, :, kept:], v[:, :, kept:], 1, 40)
-        assert np.array_equal(cut.attend(0, q), never.attend(0, q))
-        cut.flush()
-        never.flush()
-        assert stored_bytes(cut) == stored_bytes(never)
-
-
-def test_truncate_below_the_encoded_end_keeps_whole_groups() -> None:
-    plan = make_plan(Tokens(Int(4, "channel", 32), sink=4), ENCODINGS["int8-token"])
-    k, v = values(plan, 200)
-    for n in (0, 2, 4, 36, 68, 164, 197, 200):
-        cut, never = make_cache(plan), make_cache(plan)
-        feed(cut, k, v)
-        cut.flush()
-        cut.truncate(n)
-        assert cut.length == n
-        feed(never, k[:, :, :n], v[:, :, :n])
-        never.flush()
-        feed(cut, k[:, :, n:], v[:, :, n:])
-        feed(never, k[:, :, n:], v[:, :, n:])
-        assert stored_bytes(cut) == stored_bytes(never), n
-
-
-def test_truncate_inside_a_group_names_the_nearest_cuts() -> None:
-    plan = make_plan(Tokens(Int(4, "channel", 32), sink=4), ENCODINGS["int8-token"])
-    cache = make_cache(plan, start=[10])
-    feed(cache, *values(plan, 200))
-    cache.flush()
-    before = stored_bytes(cache)
-    error = refused("truncate-inside-group", lambda: cache.truncate(60))
-    # Row positions are columns - 10, so groups end at columns 14 + 32 i.
-    assert str(error) == (
-        "60 columns would cut a group of encoded tokens in two\n"
-        "  where: truncate\n"
-        "  fix: truncate to 46 or 78, or reserve(n) before speculative tokens"
-        "  [truncate-inside-group]"
-    )
-    assert stored_bytes(cache) == before
-    assert cache.length == 200
-    cache.truncate(78)
-    assert cache.length == 78
-    assert cache.lengths.tolist() == [68]
-
-
-def test_truncate_beyond_the_end_is_refused() -> None:
-    cache = make_cache(make_plan(ENCODINGS["bf16"]))
-    refused("wrong-value", lambda: cache.truncate(1))
-    refused("wrong-value", lambda: cache.truncate(-1))
-    refused("wrong-value", lambda: cache.truncate(True))
-    refused("wrong-value", lambda: cache.truncate(0.0))  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("name", ENCODINGS)
-def test_reserve_makes_every_roll_back_exact(name: str) -> None:
-    plan = make_plan(ENCODINGS[name])
-    k, v = values(plan, 170)
-    draft = values(plan, 8, seed=2)
-    q = queries(plan, 1)
-    plain, drafting = make_cache(plan), make_cache(plan)
-    for cache in (plain, drafting):
-        feed(cache, k[:, :, :100], v[:, :, :100])
-    drafting.reserve(8)
-    for at in range(100, 170):
-        rejected = at % 9
-        for i in range(min(rejected, 8)):  # one by one, so that each append encodes what is due
-            drafting.append(0, draft[0][:, :, i : i + 1], draft[1][:, :, i : i + 1])
-        drafting.truncate(at)
-        for cache in (plain, drafting):
-            cache.append(0, k[:, :, at : at + 1], v[:, :, at : at + 1])
-    drafting.reserve(0)
-    for cache in (plain, drafting):
-        cache.flush()
-    assert stored_bytes(plain) == stored_bytes(drafting)
-    assert np.array_equal(plain.attend(0, q), drafting.attend(0, q))
-
-
 def test_reorder_gives_rows_pages_of_their_own() -> None:
     plan = make_plan(ENCODINGS["int4-token"])
     cache = make_cache(plan, batch=3)
@@ -363,85 +193,14 @@ def test_bytes_are_what_the_plan_says() -> None:
             assert cache.bytes() == plan.k.bytes(length) + plan.v.bytes(length), (name, length)
 
 
-def test_full_cache_is_refused_before_anything_changes() -> None:
-    plan = make_plan(ENCODINGS["int4-token"])
-    cache = make_cache(plan, max_tokens=100)
-    k, v = values(plan, 101)
-    feed(cache, k[:, :, :90], v[:, :, :90])
-    before, out = stored_bytes(cache), cache.attend(0, queries(plan, 1))
-    error = refused("cache-full", lambda: cache.append(0, k[:, :, :11], v[:, :, :11]))
-    assert "11 more columns after 90 pass the limit of 100" in error.what
-    assert stored_bytes(cache) == before
-    assert np.array_equal(out, cache.attend(0, queries(plan, 1)))
-    feed(cache, k[:, :, :10], v[:, :, :10])
-    assert cache.length == 100
-
-
-@pytest.mark.parametrize("role", ["k", "v"])
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_non_finite_is_refused_before_anything_changes(role: str, value: float) -> None:
-    plan = make_plan(ENCODINGS["int4-token"])
-    cache = make_cache(plan, batch=2)
-    k, v = values(plan, 50, batch=2)
-    feed(cache, k, v)
-    before, out = stored_bytes(cache), cache.attend(0, queries(plan, 1, 2))
-    bad_k, bad_v = k.copy(), v.copy()
-    (bad_k if role == "k" else bad_v)[1, 0, 17, 5] = value
-    error = refused("non-finite", lambda: cache.append(0, bad_k, bad_v))
-    assert str(error) == (
-        f"{role} holds {value} in row 1, head 0, token 17, channel 5\n"
-        "  where: layer 0, append\n"
-        "  fix: find out why the model gave such values; nothing was stored  [non-finite]"
-    )
-    assert stored_bytes(cache) == before
-    assert np.array_equal(out, cache.attend(0, queries(plan, 1, 2)))
-    padded = make_cache(plan, batch=2, start=[0, 18])
-    padded.append(0, bad_k, bad_v)  # token 17 of row 1 is padding here
-    assert padded.lengths.tolist() == [50, 32]
-
-
-def test_overflow_in_the_maps_is_refused_before_anything_changes() -> None:
-    plan = make_plan(ENCODINGS["bf16"])
-    maps = StreamPlan("k", 2, D, (Hadamard(D),), plan.k.tokens, plan.k.page_tokens)
-    plan = AttentionPlan(4, 1.0, None, None, (Hadamard(D),), maps, plan.v, ())
-    cache = make_cache(plan)
-    k, v = values(plan, 5)
-    error = refused("non-finite", lambda: cache.append(0, np.full_like(k, 3e38), v))
-    assert error.what == "k is NaN or infinite in f32 after its maps, row 0"
-    assert cache.length == 0
-
-
-@pytest.mark.parametrize("fail_at", [1, 2, 3, 4])
-def test_interruption_in_a_kernel_changes_nothing(fail_at: int) -> None:
-    plan = make_plan(ENCODINGS["int4-channel"])
-    kernels = Kernels([plan], [{}])
-    countdown = interrupting(kernels)
-    cache, never = (Cache([plan], kernels, max_tokens=512), make_cache(plan))
-    k, v = values(plan, 200)
-    q = queries(plan, 2)
-    feed(cache, k[:, :, :150], v[:, :, :150])
-    feed(never, k[:, :, :150], v[:, :, :150])
-    countdown.left = fail_at
-    with pytest.raises(KeyboardInterrupt):
-        cache.append(0, k[:, :, 150:], v[:, :, 150:])
-    assert cache.length == 150
-    assert sum(pool.used for pool in cache.pools.values()) == 0
-    assert stored_bytes(cache) == stored_bytes(never)
-    assert np.array_equal(cache.attend(0, q), never.attend(0, q))
-    for each in (cache, never):
-        feed(each, k[:, :, 150:], v[:, :, 150:])
-        each.flush()
-    assert stored_bytes(cache) == stored_bytes(never)
-
-
 def test_layers_advance_one_by_one() -> None:
     plan = make_plan(ENCODINGS["int8-token"])
     cache = Cache([plan] * 2, Kernels([plan] * 2, [{}] * 2), max_tokens=64)
     k, v = values(plan, 10)
     cache.append(0, k, v)
-    assert (cache.length, cache.layer_length(0), cache.layer_length(1)) == (0, 10, 0)
+    assert (cache.length, *(layer.columns.length for layer in cache.layers)) == (0, 10, 0)
     cache.truncate(0)  # a step that broke off is taken back
-    assert cache.layer_length(0) == 0
+    assert cache.layers[0].columns.length == 0
     for layer in (0, 1):
         cache.append(layer, k, v)
     assert cache.length == 10
@@ -464,15 +223,6 @@ def test_nothing_to_do_is_defined() -> None:
     assert (late.attend(0, queries(plan, 4, 2)) == 0).all()
     assert late.lengths.tolist() == [0, 0]
     refused("wrong-shape", lambda: late.attend(0, queries(plan, 5, 2)))
-
-
-def test_sizes_of_a_new_cache_are_checked() -> None:
-    plan = make_plan(ENCODINGS["bf16"])
-    refused("wrong-value", lambda: make_cache(plan, batch=0))
-    refused("wrong-value", lambda: make_cache(plan, max_tokens=0))
-    refused("wrong-value", lambda: make_cache(plan, start=[-1]))
-    refused("wrong-shape", lambda: make_cache(plan, start=[0, 0]))
-    refused("wrong-value", lambda: make_cache(plan).reserve(-1))
 
 
 def test_columns_against_counting() -> None:

@@ -182,7 +182,7 @@ def test_everything_is_flushed_before_the_rename(
 def test_leftovers_of_a_killed_process_are_collected(tmp_path: Path) -> None:
     code = (
         "import os, sys, signal, pathlib; from kvant.runtime import publish;"
-        "publish._flush_folder = lambda folder: os.kill(os.getpid(), signal.SIGKILL);"
+        "publish.flush_folder = lambda folder: os.kill(os.getpid(), signal.SIGKILL);"
         "publish.publish_folder(pathlib.Path(sys.argv[1]), {'a/b': b'1'})"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "out")], cwd="/")
@@ -202,10 +202,10 @@ def test_leftovers_of_a_killed_process_are_collected(tmp_path: Path) -> None:
 def test_a_living_writer_is_left_alone(tmp_path: Path) -> None:
     code = (
         "import sys, pathlib, time; from kvant.runtime import publish;"
-        "flush = publish._flush_folder\n"
+        "flush = publish.flush_folder\n"
         "def wait(folder):\n"
         "    print('ready', flush=True); sys.stdin.readline(); flush(folder)\n"
-        "publish._flush_folder = wait\n"
+        "publish.flush_folder = wait\n"
         "publish.publish_folder(pathlib.Path(sys.argv[1]), {'a': b'1'})"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "out")]

@@ -7,14 +7,13 @@ from typing import Any
 import numpy as np
 
 from kvant.ir.arrays import Array
-from kvant.ir.encodings import Bfp, Drop, Int, Raw, Slice, Slices, Tokens
-from kvant.ir.encodings.slices import SliceFormat
+from kvant.ir.encodings import Bfp, Drop, Int, Raw, Slice, SliceFormat, Slices, Sparse, Tokens
 from kvant.ir.encodings.tokens import Format
 from kvant.ir.layouts import page_tokens
 from kvant.ir.maps import Gather, Hadamard, Map, Scale
 from kvant.ir.plan import AttentionPlan, StreamPlan
 from kvant.runtime.launch_cpu import Kernels
-from kvant.targets.cpu import compile_cpu
+from kvant.targets.cpu import compile_cpu, emit
 
 Constants = dict[str, Array]
 BOTH = {"sink": 4}
@@ -71,7 +70,7 @@ def constants_of(plan: AttentionPlan) -> Constants:
 
 @lru_cache(maxsize=64)
 def files_of(plan: AttentionPlan) -> dict[str, bytes]:
-    return compile_cpu(plan)
+    return compile_cpu(emit(plan))
 
 
 def kernels_of(plans: list[AttentionPlan], constants: list[Constants]) -> Kernels:
@@ -117,6 +116,12 @@ SPLIT = plan_of(
     slices((16, Drop()), (48, int_format(2, "token", 16))),
     k_tokens={"sink": 4, "recent": 64, "flush": "block"},
     v_tokens={"sink": 4, "recent": 32},
+)
+DENSE_SPARSE = plan_of(
+    Sparse(int_format(4, "channel", 32), 2, limit=1.0),
+    Sparse(int_format(4, "token", 64), 3),
+    k_tokens={"recent": 32, "flush": "block"},
+    v_tokens={"recent": 32},
 )
 
 # Each format stands on both sides, each option somewhere; head sizes 32 to 256, groups 1 to 8.
@@ -181,6 +186,19 @@ PLANS: dict[str, AttentionPlan] = {
         dv=64,
         group=5,
         softcap=20.0,
+    ),
+    "dense-sparse": DENSE_SPARSE,
+    "sparse": plan_of(
+        Sparse(Bfp(4, 16), 1, values="bf16"),
+        slices(
+            (16, Sparse(int_format(3, "channel", 48, zero="int"), 5, limit=0.7)),
+            (32, Raw("bf16")),
+            (48, Sparse(int_format(2, "token", 16, zero="none", params="f32"), 1, values="f32")),
+        ),
+        d=80,
+        dv=96,
+        group=5,
+        v_tokens={"sink": 3},
     ),
     "ring": plan_of(
         Raw("bf16"),

@@ -1,8 +1,8 @@
 """More plans: with those of `cpu_cases`, pairs of options stand together in some plan.
 
-Options of a stream: role, kind (raw, bfp, int by token or channel, slices), bits, kind of zero,
-type of scales, sink, window, type of the tail. Of a plan: query heads a group, head width, window
-or cap of the scores, arithmetic, online maps; and these with kind and bits of K and V. Found
+Options of a stream: role, kind (raw, bfp, int by token or channel, sparse, slices), bits, kind of
+zero, type of scales, sink, window, type of the tail. Of a plan: query heads a group, head width,
+window or cap of the scores, arithmetic, online maps; and these with kind and bits of K and V. Found
 greedily: each plan of PAIRS brings a dozen pairs or more, those of PAIRS_LONG a few.
 """
 
@@ -10,13 +10,36 @@ from collections.abc import Iterable
 from itertools import combinations
 from typing import Any
 
-from kvant.ir.encodings import Bfp, Drop, Int, Raw, Slices
+from kvant.ir.encodings import Bfp, Drop, Int, Raw, Slices, Sparse
 from kvant.ir.maps import Gather, Hadamard, Scale
 from kvant.ir.plan import AttentionPlan, StreamPlan
 
 from .cpu_cases import int_format, mapped, plan_of, slices
 
 PAIRS: tuple[AttentionPlan, ...] = (
+    mapped(
+        plan_of(
+            Sparse(int_format(2, "token", 32, zero="int"), 4),
+            Sparse(Bfp(8, 16), 1, limit=1.0),
+            heads=1,
+            group=5,
+            d=160,
+            k_tokens={"sink": 4, "recent": 24, "flush": "block", "raw": Raw("bf16")},
+            v_tokens={"sink": 9, "recent": 24, "raw": Raw("f16")},
+            window=50,
+        ),
+        Gather("kvant.order"),
+    ),
+    plan_of(
+        Sparse(int_format(8, "channel", 48, zero="none"), 2, limit=0.5),
+        Sparse(int_format(3, "token", 32), 1, values="f32"),
+        heads=2,
+        group=1,
+        d=128,
+        softcap=15.0,
+        k_tokens={"recent": 40},
+        v_tokens={"recent": 32, "flush": "block"},
+    ),
     mapped(
         plan_of(
             int_format(8, "channel", 64, zero="none", params="bf16"),
@@ -128,6 +151,37 @@ PAIRS: tuple[AttentionPlan, ...] = (
     ),
 )
 PAIRS_LONG: tuple[AttentionPlan, ...] = (
+    plan_of(
+        int_format(4, "token", 32),
+        Sparse(int_format(4, "channel", 32, zero="int"), 2),
+        compute="int",
+        heads=2,
+        group=8,
+        d=64,
+        k_tokens={"sink": 3},
+        v_tokens={"sink": 3},
+    ),
+    mapped(
+        plan_of(
+            Sparse(Bfp(4, 16), 2, limit=2.0, values="bf16"),
+            slices((16, Drop()), (64, Sparse(int_format(2, "token", 16), 1))),
+            heads=2,
+            group=3,
+            d=80,
+            k_tokens={"sink": 1, "recent": 9, "raw": Raw("f16")},
+            v_tokens={"recent": 9, "flush": "block", "raw": Raw("bf16")},
+        ),
+        Scale("kvant.values"),
+    ),
+    plan_of(
+        Raw("bf16"),
+        Sparse(int_format(3, "channel", 16), 3, limit=0.5),
+        heads=1,
+        group=2,
+        d=96,
+        window=30,
+        v_tokens={"sink": 2},
+    ),
     mapped(
         plan_of(
             slices((16, Drop()), (16, int_format(4, "token", 16, zero="none"))),
@@ -361,6 +415,8 @@ def _stream_options(stream: StreamPlan) -> dict[str, Any]:
             return options | {"kind": axis, "bits": bits, "zero": zero, "params": params}
         case Bfp(mantissa=bits):
             return options | {"kind": "bfp", "bits": f"mantissa {bits}"}
+        case Sparse(limit=limit):
+            return options | {"kind": "sparse", "bits": "static" if limit else "top"}
         case Slices(slices=parts):
             dropped = any(isinstance(part.format, Drop) for part in parts)
             return options | {"kind": "slices", "bits": "dropped" if dropped else "stored"}

@@ -16,14 +16,14 @@ from kvant.ir.errors import KvantError
 from kvant.runtime.cache import Cache
 from kvant.runtime.launch_cpu import load_library
 from kvant.targets import TARGETS, Build, resolve
-from kvant.targets.cpu import compile_cpu, this_isa
+from kvant.targets.cpu import compile_cpu, emit, this_isa
 from kvant.targets.kernel_text import KERNELS
 
 from .cpu_cases import HEADLINE, KIVI, PLANS, constants_of, files_of, kernels_of, mapped, plan_of
 
 
 def test_identical_plans_give_identical_bytes() -> None:
-    assert compile_cpu(KIVI) == files_of(KIVI)
+    assert compile_cpu(emit(KIVI)) == files_of(KIVI)
 
 
 def test_a_library_needs_only_libc_and_the_error_function_of_tvm_ffi(tmp_path: Path) -> None:
@@ -127,10 +127,10 @@ def test_two_libraries_do_not_take_each_others_place() -> None:
 
 
 def test_no_c_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvant.targets.cpu.shutil.which", lambda name: None)
+    monkeypatch.setattr("kvant.targets.cpu_compile.shutil.which", lambda name: None)
     assert "no C compiler" in (TARGETS["cpu:x86-64-v3"].available() or "")
     with pytest.raises(KvantError) as caught:
-        compile_cpu(KIVI)
+        compile_cpu(emit(KIVI))
     assert caught.value.code == "no-c-compiler"
 
 
@@ -145,7 +145,7 @@ def test_targets_by_name() -> None:
         "  fix: did you mean: cpu:x86-64-v3? `kvant show targets` lists all  [unknown-target]"
     )
     with pytest.raises(KvantError) as caught:
-        compile_cpu(KIVI, "z80")
+        compile_cpu(emit(KIVI), "z80")
     assert caught.value.code == "unknown-isa"
 
 

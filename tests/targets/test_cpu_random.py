@@ -20,7 +20,7 @@ from kvant.runtime.cache import Cache
 from kvant.runtime.launch_cpu import Kernels
 from kvant.runtime.stream import Floats, Stream
 from kvant.targets import cpu_scores_int
-from kvant.targets.cpu import compile_cpu
+from kvant.targets.cpu import compile_cpu, emit
 
 from ..runtime.cache_bytes import stored_bytes
 from ..runtime.cache_random import make_case, random_plan
@@ -184,7 +184,7 @@ def test_a_wrong_scale_is_seen(name: str, factor: float) -> None:
 def test_a_doubled_integer_dot_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     right: Any = cpu_scores_int._dot
     monkeypatch.setattr(cpu_scores_int, "_dot", lambda *a: f"({right(*a)} + {right(*a)})")
-    files = {f"p0/{name}": data for name, data in compile_cpu(INTEGER).items()}
+    files = {f"p0/{name}": data for name, data in compile_cpu(emit(INTEGER)).items()}
     case = Case(INTEGER, {}, 1, None, SCRIPT, seed=3)
     with pytest.raises(AssertionError, match="times what P7 allows"):
         run_case(lambda plans, own: Kernels(plans, own, ["p0"], files), case)

@@ -25,6 +25,7 @@ from ..runtime.cache_runner import random_kv
 from .cpu_cases import KIVI, PLANS, constants_of, int_format, loaded, plan_of
 from .gpu_interpreter import Interpreter, interpreted
 
+KINDS_OF_PLAN = "int4-token-int kivi-2bit bfp slices dense-sparse sparse maps".split()
 SECONDS = 60  # for one binary; ten on an idle machine
 SHAPE = kvant.Shape(heads=4, kv_heads=2, head_dim=64, dtype="f32")
 
@@ -46,7 +47,7 @@ def test_binaries_are_the_same_each_time_and_fit_the_gpu() -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("gpu", ["sm_80", "sm_89", "sm_90", "sm_100", "gfx942"])
-@pytest.mark.parametrize("plan", ["int4-token-int", "kivi-2bit", "bfp", "slices", "maps"])
+@pytest.mark.parametrize("plan", KINDS_OF_PLAN)
 def test_every_kind_of_gpu(plan: str, gpu: str) -> None:
     target = TARGETS[f"{GPUS[gpu].backend}:{gpu}"]
     build = target.build(PLANS[plan])
@@ -155,7 +156,7 @@ def test_an_array_that_is_not_aligned_is_copied() -> None:
     assert caught.value.code == "wrong-device"
 
 
-@pytest.mark.parametrize("name", ["int4-token-int", "int3-d96", "bfp", "slices", "maps"])
+@pytest.mark.parametrize("name", [*KINDS_OF_PLAN, "int3-d96"])
 def test_pages_are_those_of_the_cpu(name: str) -> None:
     """Both targets store the bytes of `ir/encodings`, so what one wrote the other can read."""
     from kvant.runtime.cache import Cache

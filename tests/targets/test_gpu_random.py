@@ -57,6 +57,8 @@ def test_splits_are_merged(name: str, tokens: int) -> None:
         ("ring", "newest[:, None] - ", "newest[:, None] + 1 - "),
         ("maps", "even - odd", "odd - even"),
         ("slices", "_out_1 * shrink[:, None]", "_out_1"),
+        ("dense-sparse", "k_index_1 - 32", "k_index_1 - 33"),
+        ("dense-sparse", "v_value_2[:, None]", "0.0"),
     ],
 )
 def test_a_wrong_kernel_is_seen(name: str, old: str, new: str) -> None:

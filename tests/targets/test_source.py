@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from kvant.targets.cpu import emit
-from kvant.targets.cpu_regions import row_stride, split_tokens
-from kvant.targets.cpu_scores import blocks
+from kvant.targets.cpu_rows import blocks, row_stride
 from kvant.targets.gpu import emit as emit_gpu
+from kvant.targets.source import split_tokens
 
-from .cpu_cases import HEADLINE, INTEGER, KIVI, PLANS, SPLIT
+from .cpu_cases import DENSE_SPARSE, HEADLINE, INTEGER, KIVI, PLANS, SPLIT
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 CASES = {
@@ -21,12 +21,21 @@ CASES = {
     "kivi-2bit.attend": KIVI,
     "maps.append_k": PLANS["maps"],
     "raw.combine": PLANS["raw"],  # with learned sinks
+    "dense-sparse.attend": DENSE_SPARSE,
+    "dense-sparse.encode_v": DENSE_SPARSE,
     "split-2bit.attend": SPLIT,
     "split-2bit.encode_k": SPLIT,
 }
 
 
-GPU_CASES = ("int4-token.encode_v", "kivi-2bit.attend", "maps.append_k", "raw.combine")
+GPU_CASES = (
+    "dense-sparse.attend",
+    "dense-sparse.encode_v",
+    "int4-token.encode_v",
+    "kivi-2bit.attend",
+    "maps.append_k",
+    "raw.combine",
+)
 TARGETS = [("cpu", case) for case in CASES] + [("gpu", case) for case in GPU_CASES]
 
 

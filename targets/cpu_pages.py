@@ -6,20 +6,23 @@ Every format then reads as
 
     x^[t, c] = code(t, c) * scale + zero
 
-where the offset of a symmetric or block floating point code is folded into zero.
+where the offset of a symmetric or block floating point code is folded into zero. Sparse entries are
+added where they are: a score gets q value, an output p value, a decoded token the value itself.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import gcd
 
 import numpy as np
 
-from ..ir.encodings import Bfp, Drop, Int, Plain, Raw
-from ..ir.layouts import Field, PageLayout, Part, code_bits
+from ..ir.encodings import Bfp, Drop, Int, Raw, Sparse
+from ..ir.layouts import PageLayout, Part
 from ..ir.plan import StreamPlan
-from .cpu_text import Kernel, at, bits_as, cast, number, splat
+from ..ir.planes import code_bits
+from .cpu_text import Kernel, as_f32, at, bit_field, bits_as, cast, number, splat
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +33,13 @@ class PageReader:
         layout: of the page.
         role: "k" or "v", the prefix of every name.
         part: the channels, [first, first + width) of the head.
-        format: of the part.
+        format: of the part; of a sparse part, its dense format.
     """
 
     layout: PageLayout
     role: str
     part: Part
-    format: Plain
+    format: Raw | Int | Bfp
 
     @property
     def alone(self) -> bool:
@@ -105,6 +108,11 @@ class PageReader:
         group = self.plane if self.per_channel else self.group
         return gcd(8, gcd(self.plane, group))
 
+    @property
+    def sparse(self) -> Sparse | None:
+        """The entries of each token, or None."""
+        return self.part.sparse
+
     def begin(self, name: str) -> str:
         """Return where a field of head h of the present page begins; `open_page` binds it."""
         return self.own(f"{self.role}_{name}")
@@ -152,22 +160,51 @@ class PageReader:
         zero = as_f32(self._read("zero", row, column, lanes), fmt.params, lanes)
         return zero if fmt.zero == "float" else f"({zero} * ({number(-1.0, lanes)} * {scale}))"
 
+    def write_entries(self, kernel: Kernel, first: str, last: str, add: Callable[[], None]) -> None:
+        """Write what `add` writes for every entry of the tokens t of [first, last), if any.
+
+        Bound are t, `channel` of the head, and `entry`, f32.
+        """
+        if self.sparse is None:
+            return
+        kernel.note("sparse entries")
+        with (
+            kernel.block(f"for t in T.serial({first}, T.max({first}, {last}))"),
+            kernel.block(f"for e in T.serial({self.sparse.count})"),
+        ):
+            place = f'T.Cast("int64", {self._read("index", "t", "e", 1)})'
+            kernel.let("channel", self.channel(place))
+            kernel.let("entry", as_f32(self._read("value", "t", "e", 1), self.sparse.values, 1))
+            add()
+
+    def exact(self, t: str, c: str, code: str) -> str:
+        """Return channel c of token t decoded from its code, f64; the product has no rounding."""
+        fmt = self._coded()
+        row = f"T.truncdiv({t}, T.int64({fmt.group_tokens}))" if self.per_channel else t
+        column = c if self.group == 1 else f"T.truncdiv({c}, T.int32({self.group}))"
+        scale = cast("float64", self.scale(row, column, 1), 1)
+        code = cast("float64", code, 1)
+        if isinstance(fmt, Bfp) or fmt.zero == "none":
+            return f"(({code} - T.float64({2.0 ** (code_bits(fmt) - 1)})) * {scale})"
+        zero = cast("float64", as_f32(self._read("zero", row, column, 1), fmt.params, 1), 1)
+        return (
+            f"(({code} - {zero}) * {scale})"
+            if fmt.zero == "int"
+            else f"({code} * {scale} + {zero})"
+        )
+
     def _coded(self) -> Int | Bfp:
         if isinstance(self.format, Raw):
             raise TypeError("a raw format has no codes")
         return self.format
 
-    def field(self, name: str) -> Field:
-        """Return a field of the part."""
-        return next(field for field in self.part.fields if field.name == name)
-
     def place(self, name: str, row: str, column: str) -> str:
         """Return the index of an element of a field."""
-        return f"{self.begin(name)} + {row} * {self.field(name).shape[1]} + {column}"
+        return f"{self.begin(name)} + {row} * {self.part.field(name).shape[1]} + {column}"
 
     def _read(self, name: str, row: str, column: str, lanes: int) -> str:
         place = self.place(name, f"({row})", column)
-        return at(f"{self.role}_{self.field(name).dtype}", place, lanes)
+        return at(f"{self.role}_{self.part.field(name).dtype}", place, lanes)
 
 
 Readers = tuple[PageReader, ...]
@@ -201,20 +238,3 @@ def open_page(kernel: Kernel, readers: Readers, page: str) -> None:
             shift = size.bit_length() - 1
             value = f"T.shift_right({start}, T.int64({shift}))" if shift else start
             kernel.let(reader.begin(field.name), value)
-
-
-def as_f32(stored: str, dtype: str, lanes: int) -> str:
-    """Return a stored f16, bf16 or f32 as f32; exact."""
-    if dtype == "f32":
-        return stored
-    if dtype == "f16":
-        return cast("float32", stored, lanes)
-    wide = cast("uint32", stored, lanes)
-    return bits_as("float32", f"T.shift_left({wide}, {splat('T.uint32(16)', lanes)})", lanes)
-
-
-def bit_field(raw: str, shift: str, bits: int, lanes: int) -> str:
-    """Return `bits` bits of each byte, from bit `shift` on."""
-    amount = splat(f'T.Cast("uint8", {shift})', lanes)
-    mask = splat(f"T.uint8({2**bits - 1})", lanes)
-    return f"T.bitwise_and(T.shift_right({raw}, {amount}), {mask})"
