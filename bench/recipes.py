@@ -1,10 +1,12 @@
 """Every recipe on SmolLM2-135M: bits, quality, speed. Writes docs/results.md.
 
     python bench/recipes.py
+    python bench/recipes.py mine.toml other.toml     prints their rows and writes nothing
 
 The text is prose from Python's own documentation; nothing is calibrated on it.
 """
 
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -54,17 +56,18 @@ def speed(name: str) -> str:
     return f"{min(timing['peers'].values()) / timing['ms']:.1f}x"
 
 
-def main() -> None:
-    """Measure all recipes and write the page."""
+def main(chosen: list[str]) -> None:
+    """Measure recipes; of all of ours, write the page."""
     source = open_model("smollm2")
     rows, full = [], 0.0
-    for name in recipes.names():
+    for name in chosen or recipes.names():
         quality, row = measure(source, name)
         full = quality["perplexity_full"]
         print(row, flush=True)
         rows.append(row)
-    OUT.write_text(HEAD.format(full=full) + "\n".join(rows) + "\n", encoding="utf-8")
+    if not chosen:
+        OUT.write_text(HEAD.format(full=full) + "\n".join(rows) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

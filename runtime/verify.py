@@ -168,9 +168,13 @@ def _steps(plan: AttentionPlan) -> list[int]:
 
 
 def _values(rng: np.random.Generator, stream: StreamPlan, tokens: int) -> Floats:
-    """Return keys or values with a few large channels, as real ones have, f32[B, H, T, D]."""
+    """Return keys or values with a few large channels, as real ones have, f32[B, H, T, D].
+
+    Each eighth token has one channel that is far larger still: an outlier by any threshold.
+    """
     x = rng.standard_normal((BATCH, stream.heads, tokens, stream.channels))
     x *= np.exp(rng.standard_normal((1, stream.heads, 1, stream.channels)))
+    x[:, :, ::8, rng.integers(stream.channels)] *= 16.0
     return x.astype(np.float32)
 
 

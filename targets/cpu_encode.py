@@ -17,9 +17,10 @@ from ..ir.plan import StreamPlan
 from ..ir.planes import ARRAYS, code_bits
 from .cpu_pages import PageReader, Readers, declare_pages, open_page, readers_of
 from .cpu_text import Kernel, as_f32, at, bits_as, cast, number, pure, rint, splat, to_stored
+from .kernel_text import LARGEST_F32
 
 F64 = "float64"
-LARGEST = number(3.4028234663852886e38)
+LARGEST = number(LARGEST_F32)
 
 
 def encode(stream: StreamPlan) -> Kernel:
@@ -42,9 +43,10 @@ def encode(stream: StreamPlan) -> Kernel:
         kernel.let("b", f"T.truncdiv(bh, T.int64({heads}))")
         kernel.let("h", f"T.truncmod(bh, T.int64({heads}))")
         kernel.scratch("codes", group * width, "uint8")
-        if any(reader.sparse for reader in readers):
+        entries = [reader.sparse.count for reader in readers if reader.sparse]
+        if entries:
             kernel.scratch("cut", group * width)
-            kernel.scratch("outliers", group * width, "int32")
+            kernel.scratch("outliers", group * max(entries), "int32")
         kernel.scratch("limits", 16)
         kernel.scratch("sizes", 8)
         kernel.line("bad[bh] = T.int64(0)")

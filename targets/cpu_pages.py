@@ -172,7 +172,9 @@ class PageReader:
             kernel.block(f"for t in T.serial({first}, T.max({first}, {last}))"),
             kernel.block(f"for e in T.serial({self.sparse.count})"),
         ):
-            place = f'T.Cast("int64", {self._read("index", "t", "e", 1)})'
+            # No byte of a page may become an address outside the head.
+            index = f'T.Cast("int64", {self._read("index", "t", "e", 1)})'
+            place = f"T.min({index}, T.int64({self.width - 1}))"
             kernel.let("channel", self.channel(place))
             kernel.let("entry", as_f32(self._read("value", "t", "e", 1), self.sparse.values, 1))
             add()

@@ -55,17 +55,23 @@ def encode(stream: StreamPlan) -> Kernel:
     kernel.line(f"h = bh % {heads}")
     kernel.line(f"start = tl.load(begin + b) + tl.program_id(0) * {tokens_at_once(stream)}")
     kernel.line("stop = tl.load(end + b)")
-    for reader in readers_of(stream):
-        if reader.is_stored:
-            reader.write_columns(kernel)
-            _write_part(kernel, stream, reader)
+    stored = [reader for reader in readers_of(stream) if reader.is_stored]
+    # Names bound outside a loop cannot have another shape inside it, so loops come first.
+    for reader in sorted(stored, key=lambda r: _own_group(stream, r) == tokens_at_once(stream)):
+        reader.write_columns(kernel)
+        _write_part(kernel, stream, reader)
     return kernel
+
+
+def _own_group(stream: StreamPlan, reader: PageReader) -> int:
+    """Return the tokens that the format of a reader encodes together, or all of the program."""
+    group = reader.part.format.group_tokens
+    return group if group > 1 else tokens_at_once(stream)
 
 
 def _write_part(kernel: Kernel, stream: StreamPlan, reader: PageReader) -> None:
     """Encode the channels of one reader, group by group of its own format."""
-    count, fmt = tokens_at_once(stream), reader.part.format
-    group = fmt.group_tokens if fmt.group_tokens > 1 else count
+    count, group = tokens_at_once(stream), _own_group(stream, reader)
     if group == count:
         _write_group(kernel, stream, reader, "start", count)
         return
@@ -120,12 +126,12 @@ def _cut(reader: PageReader, values: str) -> str:
 
 
 def _group(reader: PageReader, g: int, size: int) -> str:
-    """Return the tail's values of group g of `size` channels, f32 [tokens, padded(size)]."""
+    """Return what the tail holds of group g of `size` channels, f32 [tokens, padded(size)]."""
     first = reader.part.first + g * size
     column = f"(j + {first})[None, :]" if first else "j[None, :]"
     pointer = f"{reader.role}_tail + slot[:, None] * {reader.stream.channels} + {column}"
     inside = "" if padded(size) == size else f"(j < {size})[None, :]"
-    return _cut(reader, load(pointer, both("here[:, None]", inside)))
+    return load(pointer, both("here[:, None]", inside))
 
 
 def _write_limits(kernel: Kernel, mask: str, *, axis: int) -> None:
@@ -229,7 +235,7 @@ def _write_tokens(kernel: Kernel, reader: PageReader, fmt: Int) -> None:
     kernel.line(f"j = tl.arange(0, {wide})")
     for g in range(groups):
         kernel.note(f"group {g}: channels {g * group} to {(g + 1) * group - 1}")
-        kernel.line(f"x = {_group(reader, g, group)}.to(tl.float64)")
+        kernel.line(f"x = {_cut(reader, _group(reader, g, group))}.to(tl.float64)")
         _write_limits(kernel, "" if wide == group else f"(j < {group})[None, :]", axis=1)
         kernel.line(f"row = {reader.row('scale')}")
         if fmt.zero != "none":
@@ -267,7 +273,8 @@ def _write_blocks(kernel: Kernel, reader: PageReader, fmt: Bfp) -> None:
     kernel.line(f"j = tl.arange(0, {wide})")
     for g in range(reader.part.width // block):
         kernel.note(f"block {g}: channels {g * block} to {(g + 1) * block - 1}")
-        kernel.line(f"largest = tl.max(tl.abs({_group(reader, g, block)}), axis=1)")
+        values = _cut(reader, _group(reader, g, block))
+        kernel.line(f"largest = tl.max(tl.abs({values}), axis=1)")
         kernel.line("byte = (largest.to(tl.int32, bitcast=True) >> 23) & 255")
         target = f"{role}_uint8 + {reader.row('exponent')} + {g}"
         kernel.line(f"tl.store({target}, byte.to(tl.uint8), mask=here)")
@@ -314,13 +321,10 @@ def _write_outliers(kernel: Kernel, reader: PageReader, sparse: Sparse) -> None:
     width = reader.part.width
     kernel.note("the largest channels of each token, one by one; of equal ones the first")
     kernel.line(f"j = tl.arange(0, {padded(width)})")
-    first = reader.part.first
-    column = f"(j + {first})[None, :]" if first else "j[None, :]"
-    pointer = f"{reader.role}_tail + slot[:, None] * {reader.stream.channels} + {column}"
-    inside = "" if padded(width) == width else f"(j < {width})[None, :]"
-    kernel.line(f"x = {load(pointer, both('here[:, None]', inside))}")
-    size = "tl.abs(x)"
-    kernel.line(f"size = {f'tl.where({inside}, {size}, -1.0)' if inside else size}")
+    kernel.line(f"x = {_group(reader, 0, width)}")
+    is_whole = padded(width) == width
+    size = "tl.abs(x)" if is_whole else f"tl.where((j < {width})[None, :], tl.abs(x), -1.0)"
+    kernel.line(f"size = {size}")
     for e in range(sparse.count):
         kernel.line("m = tl.max(size, axis=1)")
         kernel.line(f"at_{e} = tl.min(tl.where(size == m[:, None], j[None, :], {width}), axis=1)")

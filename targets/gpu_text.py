@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .kernel_text import KernelText
+from .kernel_text import LARGEST_F32, KernelText
 
 # How Triton calls the number types of NumPy.
 TYPES = {
@@ -21,7 +21,7 @@ TYPES = {
     "float32": "fp32",
     "float64": "fp64",
 }
-LARGEST = "3.4028234663852886e38"  # of f32
+LARGEST = repr(LARGEST_F32)
 LEAST_DOT = 16
 """The least rows, columns and terms of a product of matrices."""
 

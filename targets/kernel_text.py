@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from ..ir.maps import Gather, Hadamard, Map, Scale, argument_name
 from ..ir.plan import StreamPlan
 
+LARGEST_F32 = 3.4028234663852886e38
+
 # What the kernels of a plan do, by name, in the order in which every target writes them.
 KERNELS = {
     "prepare": "map, scale and round the queries",

@@ -18,7 +18,12 @@ from kvant.ir.graph import Graph, Value
 from kvant.ir.rewrite import Builder
 from kvant.ir.types import TensorType
 
-SLOWEST = ("test_gpu_random.py", "test_smollm2.py", "test_cpu_random.py")
+SLOWEST = (
+    "test_gpu_random.py",
+    "test_gpu_random_pairs.py",
+    "test_smollm2.py",
+    "test_cpu_random.py",
+)
 AttentionCase = tuple[Graph, dict[str, Array], dict[str, Array], dict[str, Any]]
 
 

@@ -7,7 +7,7 @@ Of one token's channels x, with n entries:
     x^_c = y^_c + the value of the entry c, if there is one
 
 At most n channels are above m, so every token has room for all of its entries; the rest of the room
-holds index 0 and value 0. What is dense never sees the outliers, and they come back exactly but for
+holds index 0 and value 0. What is dense sees outliers cut to m, and they come back exactly but for
 the rounding of `values`: the entry also undoes the dense rounding of its channel.
 
 limit = 0 takes the top n of every token. A limit above 0 is a static threshold, the same for all
@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import isfinite
 
 import numpy as np
 
@@ -33,6 +32,7 @@ from .raw import FLOAT_NAMES, check_choice, check_integer, stored_finite
 
 Dense = Int | Bfp
 MOST_CHANNELS = 256  # an index has one byte
+LARGEST_F32 = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +65,12 @@ class Sparse:
             )
         check_integer("sparse", "count", self.count, 1)
         check_choice("sparse", "values", self.values, FLOAT_NAMES)
-        if not isinstance(self.limit, float) or not isfinite(self.limit) or self.limit < 0.0:
+        if not isinstance(self.limit, float) or not 0.0 <= self.limit <= LARGEST_F32:
             raise KvantError(
                 "bad-encoding",
                 f"limit is {self.limit!r}",
                 where="sparse",
-                fix="use a number of at least 0.0; 0.0 takes the largest of every token",
+                fix="use a number from 0.0 to 3.4e38; 0.0 takes the largest of every token",
             )
 
     @property

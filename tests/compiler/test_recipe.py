@@ -99,12 +99,12 @@ def test_split_keeps_the_outliers_of_keys_at_8_bits_and_the_rest_at_2() -> None:
         assert v == Tokens(Int(2, "token", 64), sink=4, recent=16)
 
 
-def test_dense_sparse_keeps_outliers_of_keys_by_threshold_and_of_values_by_size() -> None:
+def test_dense_sparse_keeps_the_largest_of_each_token_beside_4_bits() -> None:
     recipe, _ = recipes.load("dense-sparse-4bit")
-    assert [(r.name, r.options) for r in recipe.rewrite] == [("threshold-k", {"share": 0.01})]
-    k, v = (recipes.tokens(s, 64, "t").rest for s in (recipe.k, recipe.v))
-    assert k == Sparse(Int(4, "channel", 64), 1, limit=1.0)
-    assert v == Sparse(Int(4, "token", 64), 1)
+    assert recipe.rewrite == ()
+    k, v = (recipes.tokens(s, 128, "t") for s in (recipe.k, recipe.v))
+    assert k == Tokens(Sparse(Int(4, "channel", 64), 1), sink=4)
+    assert v == Tokens(Sparse(Int(4, "token", 128), 1), sink=4)
 
 
 def test_sparse_entries_of_a_stream_and_of_a_slice() -> None:

@@ -156,8 +156,13 @@ REFUSED = {
     ),
     "limit": (
         lambda: Sparse(TOKEN, 1, float("inf")),
-        "limit is inf\n  where: sparse\n  fix: use a number of at least 0.0; 0.0 takes the largest "
-        "of every token  [bad-encoding]",
+        "limit is inf\n  where: sparse\n  fix: use a number from 0.0 to 3.4e38; 0.0 takes the "
+        "largest of every token  [bad-encoding]",
+    ),
+    "limit beyond float32": (
+        lambda: Sparse(TOKEN, 1, 1e39),
+        "limit is 1e+39\n  where: sparse\n  fix: use a number from 0.0 to 3.4e38; 0.0 takes the "
+        "largest of every token  [bad-encoding]",
     ),
     "values": (
         lambda: Sparse(TOKEN, 1, values="f8"),

@@ -15,7 +15,7 @@ import pytest
 from kvant.compiler.artifact_writer import write_artifact
 from kvant.compiler.capture import Layer
 from kvant.compiler.variants import Variant
-from kvant.ir.encodings import Int, Tokens
+from kvant.ir.encodings import Int, Sparse, Tokens
 from kvant.ir.errors import KvantError
 from kvant.ir.graph import Graph
 from kvant.ir.maps import Gather, Scale
@@ -39,6 +39,16 @@ def plan(bits: int = 4, recent: int = 0, sinks: str | None = None) -> AttentionP
 
 PLANS = (plan(), plan(bits=8, recent=3, sinks=SINKS))
 INTEGER_PLANS = tuple(replace(one, compute="int") for one in PLANS)
+
+
+def sparse_plans(limit: float) -> tuple[AttentionPlan, ...]:
+    """The same plans with one entry a token beside every format."""
+
+    def with_entries(stream: StreamPlan) -> StreamPlan:
+        rest = Sparse(stream.tokens.rest, 1, limit)
+        return replace(stream, tokens=replace(stream.tokens, rest=rest))
+
+    return tuple(replace(one, k=with_entries(one.k), v=with_entries(one.v)) for one in PLANS)
 
 
 def cpu_facts(**changes: Any) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 import kvant
+from kvant.ir.encodings import Sparse
 from kvant.ir.errors import KvantError
 from kvant.runtime.huggingface import attach, detach
 
@@ -22,10 +23,16 @@ from ..families import FAMILIES, make_model
 SHORT = [name for name, family in FAMILIES.items() if not family.is_long]
 LONG = [name for name, family in FAMILIES.items() if family.is_long]
 STREAM = 'format = "int"\nbits = 8\naxis = "token"\ngroup = 1\nparams = "f32"\n'
+ENTRIES = 'sparse = { count = 3, limit = 1.0, values = "f32" }\n'
 RECIPE = (
     'name = "lossless"\nwindow = "quantize"\n'
     '[[rewrite]]\npass = "smooth-k"\n[[rewrite]]\npass = "hadamard-v"\n'
     f"[k]\n{STREAM}[v]\n{STREAM}"
+)
+THRESHOLDS = (
+    'name = "thresholds"\nwindow = "quantize"\n'
+    '[[rewrite]]\npass = "threshold-k"\n[[rewrite]]\npass = "threshold-v"\nshare = 0.05\n'
+    f"[k]\n{STREAM}{ENTRIES}[v]\n{STREAM}{ENTRIES}"
 )
 INT8 = RECIPE.replace("lossless", "int8").replace("group = 1\n", 'group = "head"\n')
 PROMPT, NEW, PADDING = 9, 16, 3
@@ -35,7 +42,7 @@ PROMPT, NEW, PADDING = 9, 16, 3
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Return compiled(family, recipe="lossless", target="reference") -> its artifact, made once."""
     folder, before = tmp_path_factory.mktemp("families"), torch.get_num_threads()
-    for name, text in (("lossless", RECIPE), ("int8", INT8)):
+    for name, text in (("lossless", RECIPE), ("thresholds", THRESHOLDS), ("int8", INT8)):
         (folder / f"{name}.toml").write_text(text)
     torch.set_num_threads(1)
 
@@ -71,12 +78,12 @@ def generated(
     return out
 
 
-def check_family(family: str, compiled: Any) -> None:
+def check_family(family: str, compiled: Any, recipe: str = "lossless") -> None:
     model, ids = make_model(family), tokens()
     prompt = ids[:, :PROMPT]
     expected, rows = logits(model, ids), [generated(model, prompt, n) for n in (0, PADDING)]
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    model, cache = attach(model, compiled(family))
+    model, cache = attach(model, compiled(family, recipe))
     assert not all(torch.equal(p, before[n]) for n, p in model.named_parameters())
     # 6 and 2 tokens are as many as there are heads: a norm weight on the wrong axis would fit.
     steps = ((0, 19), (19, 25), (25, 27), (27, 28), (28, 40))
@@ -96,6 +103,14 @@ def check_family(family: str, compiled: Any) -> None:
 @pytest.mark.parametrize("family", SHORT)
 def test_smoothed_and_rotated_is_the_plain_model(family: str, compiled: Any) -> None:
     check_family(family, compiled)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
+def test_outliers_by_thresholds_are_the_plain_model(family: str, compiled: Any) -> None:
+    """Thresholds of k online, those of v in weights; what is above them comes back as entries."""
+    check_family(family, compiled, "thresholds")
+    (plan, *_) = compiled(family, "thresholds").plans
+    assert isinstance(plan.k.tokens.rest, Sparse)
 
 
 @pytest.mark.long

@@ -11,7 +11,7 @@ from kvant.ir.errors import KvantError
 from kvant.runtime import launch_reference, verify
 from kvant.runtime.stream import Stream
 
-from .artifact_maker import INTEGER_PLANS, PLANS, Made, make
+from .artifact_maker import INTEGER_PLANS, PLANS, Made, make, sparse_plans
 
 Kernels = launch_reference.Kernels
 
@@ -117,6 +117,32 @@ WRONG = (
     RoundsDown,
     ForgetsOneGroup,
 )
+
+
+class LosesEntries(Kernels):
+    """Stores the outliers' channels, but zeros in place of their values."""
+
+    def encode(self, layer: int, stream: Stream, begin: Any, end: Any) -> None:
+        super().encode(layer, stream, begin, end)
+        for page in stream.table[stream.table >= 0]:
+            fields = stream.layout.unpack(stream.pages[page])
+            fields["value"] *= np.float16(0.0)
+            stream.layout.write(stream.pages[page], 0, fields)
+
+
+@pytest.mark.parametrize("limit", [0.0, 1.0, 8.0])
+@pytest.mark.parametrize("kernels", [LosesEntries, Kernels])
+def test_lost_entries_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernels: type[Kernels], limit: float
+) -> None:
+    made = make(tmp_path / "sparse.kvant", monkeypatch, plans=sparse_plans(limit))
+    use(monkeypatch, kernels)
+    if kernels is Kernels:
+        assert verify.verify(made.folder)["computed_share"] < 0.1
+        return
+    with pytest.raises(KvantError) as caught:
+        verify.verify(made.folder)
+    assert caught.value.code == "kernel-disagrees"
 
 
 def use(monkeypatch: pytest.MonkeyPatch, kernels: type[Kernels]) -> None:

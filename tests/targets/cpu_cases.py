@@ -191,9 +191,9 @@ PLANS: dict[str, AttentionPlan] = {
     "sparse": plan_of(
         Sparse(Bfp(4, 16), 1, values="bf16"),
         slices(
-            (16, Sparse(int_format(3, "channel", 48, zero="int"), 5, limit=0.7)),
             (32, Raw("bf16")),
-            (48, Sparse(int_format(2, "token", 16, zero="none", params="f32"), 1, values="f32")),
+            (16, Sparse(int_format(3, "channel", 48, zero="int"), 3, limit=0.7)),
+            (48, Sparse(int_format(2, "channel", 32, zero="none", params="f32"), 1, values="f32")),
         ),
         d=80,
         dv=96,

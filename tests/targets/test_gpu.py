@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import kvant
+from kvant.ir.encodings import Sparse
 from kvant.ir.errors import KvantError
 from kvant.runtime.machine import this_gpu
 from kvant.runtime.memory import TorchMemory
@@ -55,6 +56,13 @@ def test_every_kind_of_gpu(plan: str, gpu: str) -> None:
     assert build.facts["gpu"] == gpu
     suffix = "cubin" if GPUS[gpu].backend == "cuda" else "hsaco"
     assert sum(name.endswith(suffix) for name in build.files) == len(KERNELS)
+
+
+@pytest.mark.long
+def test_entries_of_heads_of_256_channels_fit_the_smallest_gpu() -> None:
+    fmt = Sparse(int_format(4, "channel", 64), 2), Sparse(int_format(4, "token", 256), 2)
+    build = TARGETS["cuda:sm_89"].build(plan_of(*fmt, d=256))
+    assert sum(name.endswith("cubin") for name in build.files) == len(KERNELS)
 
 
 def test_what_cannot_be_built_is_said() -> None:
