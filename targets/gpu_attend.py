@@ -38,8 +38,11 @@ def _columns(plan: AttentionPlan) -> int:
 
 
 def block_rows(plan: AttentionPlan) -> int:
-    """Return the rows (query, head of the group) of a tile of attend_block: as many as tokens."""
-    return tile_tokens(plan)
+    """Return the rows (query, head of the group) of a tile of attend_block.
+
+    As many as tokens, but the least where a tile has many columns: sm_89 has 99 KiB for both.
+    """
+    return tile_tokens(plan) if _columns(plan) <= 128 else LEAST_DOT
 
 
 def decode_rows(plan: AttentionPlan) -> int:
