@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..ir.errors import KvantError
 from .launch_gpu import Grid
 
 # Dynamic shared memory of a block that needs no leave.
@@ -29,6 +30,7 @@ class CudaLauncher:
         device: str,
     ) -> None:
         import torch
+        from cuda.bindings import driver
         from cuda.core import LEGACY_DEFAULT_STREAM, Device, LaunchConfig, ObjectCode, Stream
         from cuda.core import launch as start
 
@@ -43,8 +45,24 @@ class CudaLauncher:
                 module = ObjectCode.from_cubin(files[f"{key}/{binary['file']}"])
                 kernel, shared = module.get_kernel(binary["entry"]), int(binary["shared"])
                 if shared > _SHARED_WITHOUT_ASKING:
-                    kernel.attributes[self._device].max_dynamic_shared_size_bytes = shared
+                    self._allow(driver, kernel, name, shared)
                 self._kernels[key, name] = kernel, shared, int(facts["threads"])
+
+    def _allow(self, driver: Any, kernel: Any, name: str, shared: int) -> None:
+        """Ask for more dynamic shared memory; cuda-core can only read that attribute.
+
+        Raises: KvantError "shared-memory" if the device does not have as much.
+        """
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        (error,) = driver.cuKernelSetAttribute(attribute, shared, kernel.handle, self._index)
+        if error != driver.CUresult.CUDA_SUCCESS:
+            raise KvantError(
+                "shared-memory",
+                f"kernel {name} needs {shared} bytes of shared memory; the driver answers "
+                f"{error.name}",
+                where=f"device cuda:{self._index}",
+                fix="compile the artifact for this kind of GPU, or load another target",
+            )
 
     def launch(self, key: str, kernel: str, grid: Grid, arguments: Sequence[Any]) -> None:
         """Start a kernel of plan `key` on torch's current stream; see `launch_gpu.Launcher`."""
