@@ -175,8 +175,8 @@ def _write_int(kernel: Kernel, reader: PageReader, fmt: Int) -> None:
             _fold_limits(kernel, lanes)
         _write_range(kernel, fmt, many)
         kept = as_f32(to_stored("wanted", fmt.params, many), fmt.params, many)
-        one, none = number(1.0, many, F64), number(0.0, many)
-        alive = f"T.Select({kept} == {none}, {one}, wanted)"
+        dead, none = number(fmt.dead_scale, many, F64), number(0.0, many)
+        alive = f"T.Select({kept} == {none}, {dead}, wanted)"
         single = _write_stored(kernel, reader, "scale", place, alive, fmt.params, many)
         kernel.let("scale", cast(F64, single, many))
         _write_zero(kernel, reader, fmt, place, many)

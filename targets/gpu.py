@@ -61,7 +61,7 @@ def emit(plan: AttentionPlan, backend: str = "cuda") -> Source[Kernel]:
     return Source(plan, kernels, HEAD)
 
 
-def _launch(source: Source[Kernel]) -> dict[str, Any]:
+def launch_facts(source: Source[Kernel]) -> dict[str, Any]:
     """Return what a launcher must know, whatever the GPU."""
     return {
         "kernels": {kernel.name: kernel.arguments() for kernel in source.kernels},
@@ -110,7 +110,7 @@ def compile_gpu(source: Source[Kernel], gpu: Gpu) -> dict[str, bytes]:
         _check(name, fact, gpu)
     suffix = "cubin" if gpu.backend == "cuda" else "hsaco"
     kept = {n: {k: f[k] for k in ("entry", "shared", "warps")} for n, f in facts.items()}
-    launch = _launch(source) | {
+    launch = launch_facts(source) | {
         "facts": _facts(gpu),
         "threads": WARPS * gpu.warp,
         "binaries": {name: fact | {"file": f"{name}.{suffix}"} for name, fact in kept.items()},

@@ -192,8 +192,8 @@ def _write_parameters(kernel: Kernel, reader: PageReader, fmt: Int, column: str,
     span = "tl.maximum(-low, high)" if fmt.zero == "none" else "(high - low)"
     kernel.line(f"wanted = {span} / {float(fmt.steps)}")
     write_stored(kernel, "wanted", fmt.params)
-    kernel.note("a scale that rounds to zero is stored as 1")
-    kernel.line("wanted = tl.where(single == 0.0, 1.0, wanted)")
+    kernel.note(f"what is stored for a scale that rounds to zero: {fmt.dead_scale!r}")
+    kernel.line(f"wanted = tl.where(single == 0.0, {fmt.dead_scale!r}, wanted)")
     write_stored(kernel, "wanted", fmt.params)
     target = f"{role}_{reader.part.field('scale').dtype}"
     kernel.line(f"tl.store({target} + row + {column}, stored, mask={mask})")

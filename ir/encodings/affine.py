@@ -11,7 +11,9 @@ Per group of values x, with n = 2^bits - 1 and Q = 2^(bits-1) - 1 (all divisions
 
 [.] rounds to nearest, ties to even, then clips to the legal codes. s and z are rounded to `params`
 BEFORE codes are made: the codes are then the best ones for what is stored. A scale that rounds to
-zero (a constant group, or a range under the smallest number of `params`) is stored as 1.
+zero (a constant group, or a range under the smallest number of `params`) is stored as 1; without a
+zero point as 2^-14, for there readers subtract 2^(bits - 1) s from sums of codes times s, and what
+rounding leaves of that must stay small beside other groups.
 Source: KIVI (zero = float), QServe and ZipCache (zero = int); `clip` shrinks min and max, as in
 RotateKV.
 """
@@ -110,8 +112,9 @@ class Int:
             span = np.maximum(-low, high) if self.zero == "none" else high - low
             stored_scale, scale = self._store(span / steps, "scale")
         dead = scale == 0.0
-        stored_scale = np.where(dead, _one(self.params), stored_scale)
-        scale = np.where(dead, 1.0, scale)
+        stored_dead, _ = self._store(np.asarray(self.dead_scale, np.float64), "scale")
+        stored_scale = np.where(dead, stored_dead, stored_scale)
+        scale = np.where(dead, self.dead_scale, scale)
         wide = scale[..., :, None, :, None]
         if self.zero == "float":
             stored_zero, zero = self._store(low, "zero")
@@ -128,6 +131,11 @@ class Int:
     def steps(self) -> int:
         """Steps between the ends of the range: n, or Q with zero = none."""
         return (1 << self.bits - 1) - 1 if self.zero == "none" else (1 << self.bits) - 1
+
+    @property
+    def dead_scale(self) -> float:
+        """What is stored for a scale that rounds to zero; exact in every type of `params`."""
+        return 2.0**-14 if self.zero == "none" else 1.0
 
     def encode(self, x: Array) -> dict[str, Array]:
         """Return {"codes", "scale"[, "zero"]} of x [..., T, C]; raises as `codes_and_params`."""
@@ -165,8 +173,3 @@ class Int:
         return stored_finite(
             x, self.params, name, f"int(bits = {self.bits}, params = {self.params})"
         )
-
-
-def _one(params: str) -> Array:
-    """Return 1 in the array type of `params`."""
-    return stored_finite(np.ones(()), params, "scale", "int")[0]

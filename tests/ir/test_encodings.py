@@ -397,3 +397,12 @@ def test_nan_and_inf_are_refused(fmt, bad, code):
 def test_raw_refuses_what_it_cannot_hold(dtype, value):
     with pytest.raises(KvantError, match=f"does not fit {dtype}"):
         Raw(dtype).encode(np.array([[value]]))
+
+
+@pytest.mark.parametrize("params", ["f16", "bf16", "f32"])
+@pytest.mark.parametrize(("zero", "scale"), [("none", 2.0**-14), ("int", 1.0), ("float", 1.0)])
+def test_a_scale_that_rounds_to_zero_is_stored_as_one_that_reads_as_zeros(params, zero, scale):
+    fmt = Int(8, "channel", 4, zero, params)
+    fields = fmt.encode(np.zeros((4, 2)))
+    assert np.array_equal(from_stored(fields["scale"], params), np.full((1, 2), scale))
+    assert not fmt.decode(fields).any()

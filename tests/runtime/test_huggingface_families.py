@@ -47,11 +47,14 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Any:
     torch.set_num_threads(1)
 
     @functools.cache
-    def made(family: str, recipe: str = "lossless", target: str = "reference") -> Any:
+    def made(family: str, recipe: str, target: str) -> Any:
         out = folder / f"{family}-{recipe}-{target}.kvant"
         return kvant.compile(make_model(family), folder / f"{recipe}.toml", [target], out=out)
 
-    yield made
+    def get(family: str, recipe: str = "lossless", target: str = "reference") -> Any:
+        return made(family, recipe, target)
+
+    yield get
     torch.set_num_threads(before)
 
 

@@ -19,7 +19,7 @@ from triton.runtime import interpreter
 from kvant.ir.plan import AttentionPlan
 from kvant.runtime.launch_gpu import Kernels
 from kvant.runtime.memory import TorchMemory
-from kvant.targets.gpu import emit
+from kvant.targets.gpu import emit, launch_facts
 
 from .cpu_cases import Constants
 
@@ -72,7 +72,7 @@ def module_of(plan: AttentionPlan, change: tuple[str, str] = ("", "")) -> Any:
         spec = importlib.util.spec_from_file_location("kernels", path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        for name in emit(plan).launch()["kernels"]:
+        for name in launch_facts(emit(plan))["kernels"]:
             getattr(module, name).rewrite()
     return module
 
@@ -83,6 +83,6 @@ def interpreted(
     """A factory for `cache_runner`."""
     keys = [f"p{plans.index(plan)}" for plan in plans]
     own = dict(zip(keys, plans, strict=True))
-    launches = {key: emit(plan).launch() for key, plan in own.items()}
+    launches = {key: launch_facts(emit(plan)) for key, plan in own.items()}
     launcher = Interpreter({key: module_of(plan, change) for key, plan in own.items()})
     return Kernels(plans, constants, keys, launches, launcher, Garbage("cpu"))
