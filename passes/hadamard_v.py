@@ -11,21 +11,15 @@ Source: SpinQuant (Liu et al., 2024), rotation R2 with a Hadamard matrix; QuaRot
 2024) in the per-head form on both sides. Differs from it in: nothing.
 """
 
-from ..ir.graph import Graph, Op, Value
+from ..ir.graph import Graph
 from ..ir.maps import Hadamard
-from ..ir.rewrite import Builder, rewrite
 from .checks import check_head_size
 from .sites import (
-    Site,
-    basis_of,
-    check_once,
-    emit_write,
     find_site,
-    fold_into,
     fold_points,
     fold_refusal,
-    with_folded,
 )
+from .values import map_values
 
 
 def hadamard_v(graph: Graph) -> Graph:
@@ -38,33 +32,8 @@ def hadamard_v(graph: Graph) -> Graph:
     if site is None:
         return graph
     check_head_size(site.v.width, graph)
-    check_once(graph, site.v_write, Hadamard(site.v.width))
     write, read = (
         () if fold_refusal(path, "rotation") else fold_points(path, "rotation")
         for path in (site.v, site.out)
     )
-
-    def rule(b: Builder, op: Op, args: tuple[Value, ...]) -> Value | None:
-        if op in write:
-            return fold_into(graph, b, op, args, lambda b, w, _: _rows(b, w, site))
-        if op in read:
-            w = b.emit("hadamard_cols", args[1], heads=site.out.heads, loc=op.loc)
-            return b.copy(op, (args[0], w, *args[2:]))[0]
-        if op == site.v_write:
-            return _write(b, op, args[0], site, folded=bool(write))
-        if op == site.attend and not read:
-            return b.emit("hadamard", b.copy(op, args)[0], loc=op.loc)
-        return None
-
-    return rewrite(graph, rule)
-
-
-def _rows(b: Builder, weight: Value, site: Site) -> Value:
-    return b.emit("hadamard_rows", weight, heads=site.heads)
-
-
-def _write(b: Builder, op: Op, v: Value, site: Site, folded: bool) -> Value:
-    new = Hadamard(site.v.width)
-    if folded:
-        return emit_write(b, op, v, with_folded(op, site.v, new))
-    return emit_write(b, op, b.emit("hadamard", v, loc=op.loc), (*basis_of(op), new))
+    return map_values(graph, site, Hadamard(site.v.width), write, read)

@@ -18,11 +18,9 @@ Source: our own extension of K-sort (Trukhanov and Soloveychik, 2024), which sor
 from collections.abc import Mapping
 
 from ..ir.arrays import Array
-from ..ir.graph import Graph, Op, Value
+from ..ir.graph import Graph
 from ..ir.maps import Gather
-from ..ir.rewrite import Builder, rewrite
 from ..ir.stats import LayerStats
-from ..ir.types import TensorType
 from .checks import check_word
 from .constants import (
     SORT_KEYS,
@@ -36,7 +34,8 @@ from .constants import (
     row_norms,
     value_sensitivity,
 )
-from .sites import check_once, emit_write, find_site, fold_into, fold_points, folded_of, with_folded
+from .sites import find_site, fold_points, folded_of
+from .values import map_values
 
 ORDER = "kvant.v_order"
 
@@ -55,28 +54,8 @@ def sort_v(graph: Graph, *, key: SortKey = "weight") -> Graph:
     site = find_site(graph)
     if site is None:
         return graph
-    check_once(graph, site.v_write, Gather(ORDER))
     write, read = fold_points(site.v, "permutation"), fold_points(site.out, "permutation")
-
-    def rule(b: Builder, op: Op, args: tuple[Value, ...]) -> Value | None:
-        shape = TensorType("i64", (site.heads, site.v.width))
-        if op in write:
-            return fold_into(
-                graph,
-                b,
-                op,
-                args,
-                lambda b, w, _: b.emit("gather_rows", w, b.param(ORDER, shape), heads=site.heads),
-            )
-        if op in read:
-            order, heads = b.param(ORDER, shape), site.out.heads
-            w = b.emit("gather_cols", args[1], order, heads=heads, repeat=site.group)
-            return b.copy(op, (args[0], w, *args[2:]))[0]
-        if op == site.v_write:
-            return emit_write(b, op, args[0], with_folded(op, site.v, Gather(ORDER)))
-        return None
-
-    return rewrite(graph, rule)
+    return map_values(graph, site, Gather(ORDER), write, read)
 
 
 def sort_v_constants(

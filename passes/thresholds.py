@@ -29,26 +29,21 @@ import numpy as np
 
 from ..ir.arrays import Array
 from ..ir.errors import KvantError
-from ..ir.graph import Graph, Op, Value
+from ..ir.graph import Graph, Op
 from ..ir.maps import Map, Scale
-from ..ir.rewrite import Builder, rewrite
 from ..ir.stats import LayerStats
-from ..ir.types import TensorType
 from .constants import check_positive, mapped, need_site, need_stats
 from .sites import (
     Path,
-    Site,
     basis_of,
     check_once,
-    emit_write,
     find_site,
-    fold_into,
     fold_points,
     fold_refusal,
     folded_of,
     scale_keys_online,
-    with_folded,
 )
+from .values import map_values
 
 K_THRESHOLD = "kvant.k_threshold"
 V_THRESHOLD = "kvant.v_threshold"
@@ -89,25 +84,7 @@ def threshold_v(graph: Graph, *, share: float = 0.01) -> Graph:
     if site is None:
         return graph
     new = Scale(V_THRESHOLD, inverse=True)
-    check_once(graph, site.v_write, new)
-    write, read = _points(site.v), _points(site.out)
-
-    def rule(b: Builder, op: Op, args: tuple[Value, ...]) -> Value | None:
-        if op in write:
-            return fold_into(graph, b, op, args, lambda b, w, _: _rows(b, w, site))
-        if op in read:
-            return b.copy(op, (args[0], _columns(b, args[1], site), *args[2:]))[0]
-        if op == site.v_write and write:
-            return emit_write(b, op, args[0], with_folded(op, site.v, new))
-        if op == site.v_write:
-            v = b.emit("scale", args[0], _param(b, site), inverse=True, loc=op.loc)
-            return emit_write(b, op, v, (*basis_of(op), new))
-        if op == site.attend and not read:
-            out = b.copy(op, args)[0]
-            return b.emit("scale", out, _param(b, site), repeat=site.group, loc=op.loc)
-        return None
-
-    return rewrite(graph, rule)
+    return map_values(graph, site, new, _points(site.v), _points(site.out))
 
 
 def threshold_k_constants(
@@ -185,19 +162,6 @@ def _points(path: Path) -> tuple[Op, ...]:
     points = () if fold_refusal(path, "scale") else fold_points(path, "scale")
     # A norm's weight could take it too, but attach cannot give every norm a row for each head.
     return () if any(op.name == "rms_norm" for op in points) else points
-
-
-def _param(b: Builder, site: Site) -> Value:
-    return b.param(V_THRESHOLD, TensorType("f64", (site.heads, site.v.width)))
-
-
-def _rows(b: Builder, weight: Value, site: Site) -> Value:
-    return b.emit("scale_rows", weight, _param(b, site), heads=site.heads, inverse=True)
-
-
-def _columns(b: Builder, weight: Value, site: Site) -> Value:
-    t, heads = _param(b, site), site.out.heads
-    return b.emit("scale_cols", weight, t, heads=heads, repeat=site.group)
 
 
 def _check_share(name: str, share: object) -> None:
