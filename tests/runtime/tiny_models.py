@@ -24,6 +24,7 @@ from kvant.ir.errors import KvantError
 from kvant.ir.layouts import page_tokens
 from kvant.ir.plan import AttentionPlan, StreamPlan
 from kvant.runtime.artifact import Artifact
+from kvant.runtime.huggingface import attach
 from kvant.runtime.launch_reference import Kernels
 from kvant.runtime.model_checks import sampled
 from kvant.runtime.plan_file import LayerEntry
@@ -148,3 +149,17 @@ def left_padded(*lengths: int) -> tuple[torch.Tensor, torch.Tensor]:
     for row, length in enumerate(lengths):
         mask[row, : max(lengths) - length] = 0
     return ids * mask, mask
+
+
+def lookup_is_greedy(
+    model: PreTrainedModel, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> Any:
+    """See that prompt lookup, with drafts rejected, gives the greedy text; return the cache."""
+    expected = generate(model, ids, max_new_tokens=40)
+    model, cache = attach(model, artifact_of(model))
+    crops, crop = [], cache.crop
+    monkeypatch.setattr(cache, "crop", lambda count: (crops.append(count), crop(count)))
+    found = generate(model, ids, cache, max_new_tokens=40, prompt_lookup_num_tokens=5)
+    assert torch.equal(found, expected)
+    assert min(crops) < 0, "no draft was rejected"
+    return cache

@@ -13,7 +13,8 @@ from kvant.ir.plan import AttentionPlan
 from ..runtime.cache_random import make_case
 from ..runtime.cache_runner import Seen, run_case
 from .cpu_cases import PLANS, constants_of
-from .cpu_pairs import PAIRS, PAIRS_LONG
+from .cpu_pairs import PAIRS
+from .cpu_pairs_long import PAIRS_LONG
 from .gpu_interpreter import interpreted
 
 Record = Callable[[str, object], None]

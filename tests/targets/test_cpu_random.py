@@ -26,7 +26,8 @@ from ..runtime.cache_bytes import stored_bytes
 from ..runtime.cache_random import make_case, random_plan
 from ..runtime.cache_runner import Case, Seen, random_kv, run_case
 from .cpu_cases import INTEGER, PLANS, constants_of, kernels_of, loaded
-from .cpu_pairs import PAIRS, PAIRS_LONG, pairs
+from .cpu_pairs import PAIRS, pairs
+from .cpu_pairs_long import PAIRS_LONG
 
 Record = Callable[[str, object], None]
 SHORT = PLANS | {f"pairs-{i}": plan for i, plan in enumerate(PAIRS)}

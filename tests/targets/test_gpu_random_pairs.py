@@ -2,7 +2,8 @@
 
 import pytest
 
-from .cpu_pairs import PAIRS, PAIRS_LONG
+from .cpu_pairs import PAIRS
+from .cpu_pairs_long import PAIRS_LONG
 from .gpu_scripts import EACH, EACH_LONG, Record, run_cases
 
 SHORT = {f"pairs-{i}": plan for i, plan in enumerate(PAIRS)}
