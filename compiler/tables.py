@@ -175,7 +175,7 @@ def verify_rows(result: Mapping[str, Any]) -> dict[str, Any]:
     rows = {
         name.replace("_", " "): value
         for name, value in result.items()
-        if value != {} and not name.endswith("_share")
+        if value not in ({}, []) and not name.endswith("_share")
     }
     return rows | {
         "largest error, as a share of what is allowed": ", ".join(

@@ -17,12 +17,37 @@ j if 0 <= j < n, j <= p_i (causal) and j > p_i - window. A query before the row'
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from .arrays import Array
 from .errors import KvantError
+
+
+class Products(Protocol):
+    """The two products of attention; kernels may round what they multiply."""
+
+    def scores(self, rows: Array, k: Array, scale: float) -> Array:
+        """Return scale times rows [B, H, R, D] by keys [B, H, N, D]: scores [B, H, R, N]."""
+
+    def outputs(self, weights: Array, v: Array) -> Array:
+        """Return the sums [B, H, R, Dv] of v [B, H, N, Dv] with weights [B, H, R, N] of sum 1."""
+
+
+class Exact:
+    """Products without rounding but that of the type."""
+
+    def scores(self, rows: Array, k: Array, scale: float) -> Array:
+        """See `Products`."""
+        return np.asarray(scale * (rows @ k.swapaxes(-1, -2)))
+
+    def outputs(self, weights: Array, v: Array) -> Array:
+        """See `Products`."""
+        return np.asarray(weights @ v)
+
+
+EXACT = Exact()
 
 
 def attend(
@@ -37,6 +62,7 @@ def attend(
     window: int | None = None,
     sinks: Array | None = None,
     dtype: type[np.floating[Any]] = np.float64,
+    products: Products = EXACT,
 ) -> tuple[Array, Array]:
     """Return attention's output and the log of the sum of exponentials.
 
@@ -52,6 +78,7 @@ def attend(
         window: keys that a query sees, itself included, or None for all.
         sinks: [Hq], one logit per query head, neither scaled nor capped; or None.
         dtype: of all arithmetic; float32 only to measure what rounding does.
+        products: how products are taken; `ir/integers.py` has another way.
 
     Returns: out [B, Hq, Tq, Dv] and lse [B, Hq, Tq], of `dtype`. A query that sees no key gives
         zeros and -inf, sink or not.
@@ -61,13 +88,12 @@ def attend(
     _check_shapes(q, k, v, lengths, sinks)
     batch, heads, keys, _ = k.shape
     q_heads, queries = q.shape[1:3]
-    valid = np.arange(keys) < lengths[:, None]
     # Multiplying by a zero probability would keep a NaN, so what is not valid is replaced.
-    k_valid = np.where(valid[:, None, :, None], k, 0.0).astype(dtype)
-    v_valid = np.where(valid[:, None, :, None], v, 0.0).astype(dtype)
+    valid = (np.arange(keys) < lengths[:, None])[:, None, :, None]
+    k_valid, v_valid = (np.where(valid, x, 0.0).astype(dtype) for x in (k, v))
     # The query heads of a group are rows of one matrix product.
     rows = np.asarray(q, dtype=dtype).reshape(batch, heads, -1, q.shape[-1])
-    scores = scale * (rows @ k_valid.swapaxes(-1, -2))
+    scores = products.scores(rows, k_valid, scale)
     if softcap is not None:
         scores = softcap * np.tanh(scores / softcap)
     seen = visible(lengths, queries, keys, causal=causal, window=window)
@@ -82,7 +108,7 @@ def attend(
     total = weights.sum(axis=-1, keepdims=True) + np.exp(sink - shift)
     with np.errstate(divide="ignore"):
         lse = np.where(total > 0.0, top + np.log(total), -np.inf)
-    out = (weights / np.where(total > 0.0, total, 1.0)) @ v_valid
+    out = products.outputs(weights / np.where(total > 0.0, total, 1.0), v_valid)
     return out.reshape(*q.shape[:3], v.shape[-1]), lse.reshape(q.shape[:3])
 
 

@@ -17,6 +17,13 @@ Of slices, the fields of each one lie one after another, over its own channels, 
 its number: "0.codes", "0.scale", "1.codes".
 
 Codes are split in chunks of channels and never interleaved, so that one mask gives neighbours.
+
+That is the arrangement "rows". Two more hold the same bytes in another order, for instructions that
+sum four products of bytes into each lane of 32 bits. Both turn scales, zeros and exponents of
+tokens around, [C / gc, P], so that those of neighbouring tokens are neighbours.
+
+    channel-quads   u8[P, W] of codes as [P / 16, W / 4, 16, 4]: four bytes of one token a lane
+    token-quads     u8[P, W] of codes as [P / 4, W, 4]: four tokens of one byte a lane
 """
 
 from __future__ import annotations
@@ -36,6 +43,10 @@ from .errors import KvantError
 from .planes import code_bits, pack_codes, plane_widths, unpack_codes
 
 ALIGN = 64
+ROWS, CHANNEL_QUADS, TOKEN_QUADS = "rows", "channel-quads", "token-quads"
+KINDS = (ROWS, CHANNEL_QUADS, TOKEN_QUADS)
+# Numbers that share a lane of 32 bits; tokens that lie together in channel quads.
+QUAD, TILE = 4, 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,23 +123,26 @@ class PageLayout:
         heads: KV heads.
         channels: channels of a head.
         format: how values are encoded.
-        kind: name of the arrangement; there is "rows".
+        kind: name of the arrangement, one of KINDS.
     """
 
     tokens: int
     heads: int
     channels: int
     format: Format
-    kind: str = "rows"
+    kind: str = ROWS
 
     def __post_init__(self) -> None:
         """Refuse sizes that the format or the arrangement does not take."""
         where = "page layout"
         for name in ("tokens", "heads", "channels"):
             check_integer(where, name, getattr(self, name), 1)
-        if self.kind != "rows":
+        if self.kind not in KINDS:
             raise KvantError(
-                "unknown-layout", f"no layout {self.kind!r}", where=where, fix="use: rows"
+                "unknown-layout",
+                f"no layout {self.kind!r}",
+                where=where,
+                fix=f"use: {', '.join(KINDS)}",
             )
         self.format.check(self.channels, where)
         group = self.format.group_tokens
@@ -140,6 +154,13 @@ class PageLayout:
                 fix=f"use pages of {page_tokens(self.format)} tokens",
             )
         _fields(self)
+        if self.kind != ROWS and not holds(self.kind, self.format, self.tokens, self.channels):
+            raise KvantError(
+                "unknown-layout",
+                f"no {self.kind} of {self.format} in {self.channels} channels",
+                where=where,
+                fix="use rows",
+            )
 
     @property
     def fields(self) -> tuple[Field, ...]:
@@ -201,30 +222,42 @@ class PageLayout:
         count = self._token_count(planes)
         self._check_tokens(first_token, count)
         for field in self.fields:
-            rows = self._rows(field, first_token, count)
-            target = self._view(page, field)[..., rows, :]
-            if planes[field.name].shape != target.shape:
+            view = self._view(page, field)
+            places = _places(self, field)[self._rows(field, first_token, count)]
+            shape = (*view.shape[:-1], *places.shape)
+            if planes[field.name].shape != shape:
                 raise KvantError(
                     "field-shape",
                     f"field {field.name} has shape {planes[field.name].shape}",
                     where="page layout",
-                    fix=f"pass shape {target.shape}",
+                    fix=f"pass shape {shape}",
                 )
-            target[...] = planes[field.name]
+            view[..., places] = planes[field.name]
 
     def read(self, page: Array, first_token: int, count: int) -> dict[str, Array]:
         """Return a copy of the fields [..., H, count, ...] of pages uint8[..., page_bytes]."""
         self._check_tokens(first_token, count)
         planes = {
             field.name: self._view(page, field)[
-                ..., self._rows(field, first_token, count), :
-            ].copy()
+                ..., _places(self, field)[self._rows(field, first_token, count)]
+            ]
             for field in self.fields
         }
         return _from_planes(self.format, planes)
 
+    def arranged(self, pages: Array, kind: str) -> Array:
+        """Return pages uint8[..., page_bytes] in another arrangement: a copy, if it is another."""
+        if kind == self.kind:
+            return pages
+        other = replace(self, kind=kind)
+        copy = np.zeros_like(pages)
+        for field in self.fields:
+            elements = self._view(pages, field)[..., _places(self, field)]
+            other._view(copy, field)[..., _places(other, field)] = elements
+        return copy
+
     def _view(self, page: Array, field: Field) -> Array:
-        """Return a field of pages uint8[..., page_bytes] as [..., H, rows, columns], no copy."""
+        """Return a field of pages uint8[..., page_bytes] as [..., H, elements], no copy."""
         if page.dtype != np.uint8 or page.shape[-1] != self.page_bytes:
             raise KvantError(
                 "field-shape",
@@ -233,8 +266,7 @@ class PageLayout:
                 fix=f"pass uint8 [..., {self.page_bytes}]",
             )
         blocks = page.reshape(*page.shape[:-1], self.heads, self.head_bytes)
-        raw = blocks[..., field.offset : field.offset + field.nbytes].view(field.dtype)
-        return raw.reshape(*raw.shape[:-1], *field.shape)
+        return blocks[..., field.offset : field.offset + field.nbytes].view(field.dtype)
 
     def _rows(self, field: Field, first_token: int, count: int) -> slice:
         tokens_per_row = self.tokens // field.shape[0]
@@ -261,6 +293,48 @@ class PageLayout:
                 where="page layout",
                 fix=f"pass whole groups of {group} tokens inside the page",
             )
+
+
+def holds(kind: str, fmt: Format, tokens: int, channels: int) -> bool:
+    """Return whether pages of a format can have an arrangement.
+
+    Quads take whole heads of integer codes; a plane of channels, a scale's channels and a scale's
+    tokens must then be whole lanes of the sum.
+    """
+    if kind == ROWS:
+        return True
+    if not isinstance(fmt, Int | Bfp) or tokens % TILE:
+        return False
+    widths = [width for _, width in plane_widths(fmt, channels)]
+    group = fmt.block if isinstance(fmt, Bfp) else fmt.group_channels
+    if kind == CHANNEL_QUADS:
+        whole_group = group == 1 or group % QUAD == 0
+        return not any(w % QUAD for w in widths) and whole_group and fits_tokens(fmt, TILE)
+    return fits_tokens(fmt, QUAD)
+
+
+def fits_tokens(fmt: Format, tokens: int) -> bool:
+    """Return whether so many neighbouring tokens always share the scales of channels, if any."""
+    per_channel = isinstance(fmt, Int) and fmt.axis == "channel"
+    return not per_channel or fmt.group_tokens % tokens == 0
+
+
+@lru_cache(maxsize=256)
+def _places(layout: PageLayout, field: Field) -> Array:
+    """Return int64[rows, columns], where the elements of a field are in it."""
+    rows, columns = field.shape
+    places = np.arange(rows * columns)
+    if layout.kind == ROWS:
+        return places.reshape(rows, columns)
+    if field.name not in ("codes", "high"):
+        if rows < layout.tokens:
+            return places.reshape(rows, columns)
+        return places.reshape(columns, rows).T
+    if layout.kind == TOKEN_QUADS:
+        quads = places.reshape(rows // QUAD, columns, QUAD)
+        return quads.swapaxes(1, 2).reshape(rows, columns)
+    tiles = places.reshape(rows // TILE, columns // QUAD, TILE, QUAD)
+    return tiles.swapaxes(1, 2).reshape(rows, columns)
 
 
 @lru_cache(maxsize=256)

@@ -13,7 +13,7 @@ from math import ceil
 from typing import Any, Literal
 
 from .attrs import ATTRS
-from .encodings import Int, Tokens
+from .encodings import Bfp, Int, Tokens
 from .encodings.raw import check_choice, check_integer
 from .errors import KvantError
 from .layouts import PageLayout, page_tokens
@@ -21,7 +21,7 @@ from .maps import Map
 
 TABLE_BYTES = 8
 # Bits of the integer queries for each code width: the products of a dot then fit 32 bits.
-QUERY_BITS = {4: 8, 8: 16}
+QUERY_BITS = {2: 8, 3: 8, 4: 8, 8: 16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,8 +122,9 @@ class AttentionPlan:
         k: the key stream.
         v: the value stream.
         out_maps: applied to the output online, with the same `repeat`; usually none.
-        compute: "float", or "int": q is rounded per (query, head) to 8 bits for 4-bit keys, and to
-            16 bits for 8-bit keys.
+        compute: "float", or "int": kernels may multiply codes as integers. For keys with scales of
+            tokens all targets then round q per (query, head), to 8 bits for keys of up to 4 bits
+            and to 16 bits for 8-bit keys; what else is rounded, `ir/integers.py` says.
         sinks: name of the constant of learned sinks, one logit [q_heads] in each softmax; or None.
     """
 
@@ -154,12 +155,13 @@ class AttentionPlan:
         if self.sinks is not None and (not isinstance(self.sinks, str) or not self.sinks):
             raise _bad_plan(f"sinks is {self.sinks!r}, not the name of a constant", where)
         check_choice(where, "compute", self.compute, ("float", "int"))
-        if self.compute == "int" and self.query_bits is None:
+        rests = self.k.tokens.rest, self.v.tokens.rest
+        if self.compute == "int" and not any(isinstance(rest, Int | Bfp) for rest in rests):
             raise KvantError(
                 "integer-compute",
-                f"compute = int with keys stored as {self.k.tokens.rest}",
+                f"compute = int with keys stored as {rests[0]} and values as {rests[1]}",
                 where=where,
-                fix="store keys as int, axis = token, with 4 or 8 bits, or use compute = float",
+                fix="store keys or values as int or bfp, not sliced, or use compute = float",
             )
 
     @property
@@ -176,9 +178,11 @@ class AttentionPlan:
     def query_bits(self) -> int | None:
         """Bits of q under compute = int, or None where q stays float."""
         rest = self.k.tokens.rest
-        if self.compute == "float" or not isinstance(rest, Int) or rest.axis != "token":
-            return None
-        return QUERY_BITS.get(rest.bits)
+        if self.compute == "int" and isinstance(rest, Bfp):
+            return QUERY_BITS.get(rest.mantissa)
+        if self.compute == "int" and isinstance(rest, Int) and rest.axis == "token":
+            return QUERY_BITS.get(rest.bits)
+        return None
 
     def bytes(self, length: int) -> int:
         """Return the bytes in use of a batch-1 cache of one such layer; see `StreamPlan.bytes`."""

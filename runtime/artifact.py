@@ -121,7 +121,7 @@ class Artifact:
 
         Raises: KvantError if the file is damaged or belongs to another artifact.
         """
-        from .cache import restore
+        from .restore import restore
 
         return restore(self, path)
 

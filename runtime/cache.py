@@ -8,22 +8,25 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from ..ir.errors import KvantError
+from ..ir.layouts import PageLayout
 from ..ir.plan import AttentionPlan, StreamPlan
 from .columns import Columns, new_columns
 from .memory import Memory
+from .pace import SOON, Pace, new_pace
 from .pages import PagePool
 from .queries import attend_columns, check_queries
 from .rollback import check_cut
-from .state_file import read_state, write_state
+from .state_file import write_state
 from .stream import (
     Floats,
     Ints,
     Kernels,
+    Pair,
     Stream,
     cut,
     drop_pages,
@@ -58,15 +61,17 @@ class Layer:
         k: keys.
         v: values; as long as `k`, but encoded on its own schedule.
         columns: which column of the batch is which position of a row.
+        pace: the appends of one token that may follow, if that is known.
     """
 
     plan: AttentionPlan
     k: Stream
     v: Stream
     columns: Columns
+    pace: Pace | None = None
 
     @property
-    def streams(self) -> tuple[Stream, Stream]:
+    def streams(self) -> Pair:
         """Both streams."""
         return self.k, self.v
 
@@ -107,12 +112,18 @@ class Cache:
         self.reserved = 0
         self.memory = kernels.memory
         self.pools = _open_pools(plans, self.batch, self.max_tokens, self.memory)
-        self.layers = tuple(self._new_layer(plan, new_columns(first)) for plan in plans)
+        self.layers = tuple(
+            self._new_layer(plan, new_columns(first), kernels.layouts(layer))
+            for layer, plan in enumerate(plans)
+        )
 
-    def _new_layer(self, plan: AttentionPlan, columns: Columns) -> Layer:
+    def _new_layer(
+        self, plan: AttentionPlan, columns: Columns, layouts: tuple[PageLayout, PageLayout]
+    ) -> Layer:
+        sizes = self.batch, self.max_tokens, plan.window, self.memory
         k, v = (
-            new_stream(s, self._pool_of(s), self.batch, self.max_tokens, plan.window, self.memory)
-            for s in (plan.k, plan.v)
+            new_stream(s, self._pool_of(s), *sizes, layout)
+            for s, layout in zip((plan.k, plan.v), layouts, strict=True)
         )
         return Layer(plan, k, v, columns)
 
@@ -150,7 +161,11 @@ class Cache:
         Raises: KvantError "unknown-layer", "wrong-type", "wrong-dtype", "wrong-device",
             "wrong-shape", "wrong-value", "non-finite", "cache-full", "scale-overflow".
         """
-        state, where = self._layer(layer, "append"), f"layer {layer}, append"
+        state = self._layer(layer, "append")
+        pace = state.pace if lengths is None else None
+        if pace is not None and pace.append(state, k, v, self.reserved):
+            return
+        where = f"layer {layer}, append"
         new_k, new_v, padding = self._read_append(state, where, k, v, lengths)
         tokens = new_k.shape[2]
         if tokens == 0:
@@ -158,7 +173,7 @@ class Cache:
         first, count = state.columns.valid(tokens, padding)
         length, columns = state.k.length + count, state.columns.grown(tokens, first, count)
         for stream in state.streams:
-            make_room(stream, length)
+            make_room(stream, length, SOON if tokens == 1 else 0)
         # Written past `length` and `encoded`: until these move, nothing has happened.
         try:
             self.kernels.append(layer, state.k, new_k, first, count)
@@ -169,6 +184,9 @@ class Cache:
             check_finite("v", self.memory.fetch(new_v), first, count, where)
             raise
         _settle(state, self._encode_due(layer, state), length, columns)
+        if tokens == 1:
+            room = self.max_tokens - columns.length
+            state.pace = new_pace(self.kernels, layer, state, self.reserved, room)
 
     def attend(self, layer: int, q: object, return_lse: bool = False) -> Any:
         """Return attention of the last T_q columns over everything appended so far.
@@ -305,6 +323,8 @@ class Cache:
         write_state(self, path)
 
     def _layer(self, layer: int, call: str) -> Layer:
+        if type(layer) is int and 0 <= layer < len(self.layers):
+            return self.layers[layer]
         try:
             index = operator.index(layer)
         except TypeError:
@@ -351,41 +371,6 @@ def _settle(state: Layer, spans: Sequence[Span], length: Ints, columns: Columns)
         if stream.held is not held:
             drop_pages(stream)
         trim(stream)
-
-
-class Source(Protocol):
-    """What `restore` needs to know of an artifact."""
-
-    @property
-    def id(self) -> str:
-        """Id of the artifact."""
-
-    @property
-    def plans(self) -> tuple[AttentionPlan, ...]:
-        """One plan per layer."""
-
-    @property
-    def kernels(self) -> Kernels:
-        """What appends, encodes and attends."""
-
-
-def restore(source: Source, path: str | PathLike[str]) -> Cache:
-    """Return a new cache with the state that `Cache.save` wrote; the file is checked whole.
-
-    Raises: KvantError "state-missing", "state-version", "state-damaged", "state-other-artifact".
-    """
-
-    def new_cache(batch: int, max_tokens: int, start: Ints) -> Cache:
-        return Cache(
-            source.plans,
-            source.kernels,
-            batch=batch,
-            max_tokens=max_tokens,
-            start=start,
-            artifact_id=source.id,
-        )
-
-    return read_state(path, source.id, source.plans, new_cache)
 
 
 def _open_pools(

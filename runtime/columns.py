@@ -51,6 +51,9 @@ class Columns:
 
         Returns: first and count, int64[B]; tokens [first, first + count) are valid.
         """
+        if lengths is None and max(self.start.tolist()) <= self.length:
+            first = np.zeros(len(self.start), np.int64)  # the common case in a decoding loop
+            return first, first + tokens
         first = np.clip(self.start - self.length, 0, tokens)
         end = tokens if lengths is None else lengths
         return first, np.maximum(end - first, 0)
@@ -58,10 +61,21 @@ class Columns:
     def grown(self, tokens: int, first: Ints, count: Ints) -> "Columns":
         """Return the history after an append of `tokens` columns; see `valid`."""
         mark = (self.length + tokens, self.counts + count)
-        is_dense = bool((first + count == tokens).all())
+        is_dense = set((first + count).tolist()) == {tokens}
         if self.is_dense and len(self.marks) > 1:
             return Columns(self.start, (*self.marks[:-1], mark), is_dense)
         return Columns(self.start, (*self.marks, mark), is_dense)
+
+    @property
+    def is_even(self) -> bool:
+        """Whether one more column without padding gives every row one more token."""
+        begun = max(self.start.tolist()) <= self.length
+        return self.is_dense and len(self.marks) > 1 and begun
+
+    def one_more(self, one: Ints) -> "Columns":
+        """Return the history after one more column, where `is_even`; `one` is int64[B] ones."""
+        column, counts = self.marks[-1]
+        return Columns(self.start, (*self.marks[:-1], (column + 1, counts + one)))
 
     def counts_at(self, column: int) -> Ints:
         """Return int64[B], the tokens per row in columns [0, column); column <= length."""

@@ -10,7 +10,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..ir.errors import KvantError
+from ..ir.layouts import PageLayout
 from ..ir.plan import AttentionPlan
 from .arguments import constant_arguments, stream_values
+from .bound import Call, argument, bind, bound_calls
 from .machine import this_machine, why_not
 from .memory import HOST, Memory
-from .stream import Floats, Ints, Stream
+from .stream import Floats, Ints, Pair, Steps, Stream
 
 Array = NDArray[Any]
 
 # Queries of one launch: the partial results of more would not stay in the caches.
 MOST_QUERIES = 128
+
+# Numbers of k or v that one call of the kernel step stores on one thread, at most: that takes some
+# tens of microseconds.
+MOST_STEP = 8192
+
+# What changes of each row with every call of a kernel, in the order of `Call.rows`.
+_STEP_ROWS = ("first", "count", "k_length", "v_length", "k_begin", "k_end", "v_begin", "v_end")
+_ATTEND_ROWS = ("length_of", "k_encoded", "k_tail_first", "v_encoded", "v_tail_first")
 
 
 @dataclass(slots=True)
@@ -39,26 +49,24 @@ class Library:
         arguments: of each kernel, in order: "name:dtype" for arrays, "name" for int64.
         split_tokens: positions of one split.
         tile_queries: queries of one tile of attend_block.
+        layouts: kinds of the page layouts of k and v.
+        decode: those of the functions that attend with one query a row, in order.
     """
 
     functions: dict[str, Callable[..., None]]
     arguments: dict[str, list[str]]
     split_tokens: int
     tile_queries: int
+    layouts: tuple[str, str]
+    decode: dict[str, Callable[..., None]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.decode = {name: self.functions[name] for name in ("prepare", "attend", "combine")}
 
     def call(self, kernel: str, values: Mapping[str, Any]) -> None:
         """Call a kernel with arguments by name; an array is viewed as the dtype it asks for."""
-        given = [_argument(spec, values) for spec in self.arguments[kernel]]
+        given = [argument(spec, values) for spec in self.arguments[kernel]]
         self.functions[kernel](*given)
-
-
-def _argument(spec: str, values: Mapping[str, Any]) -> Any:
-    name, _, dtype = spec.partition(":")
-    value = values[name]
-    if not dtype:
-        return int(value)
-    flat = np.ascontiguousarray(value).reshape(-1)
-    return flat if flat.dtype == dtype else flat.view(dtype)
 
 
 def load_library(files: Mapping[str, bytes], where: str) -> Library:
@@ -92,6 +100,7 @@ def load_library(files: Mapping[str, bytes], where: str) -> Library:
         launch["kernels"],
         launch["split_tokens"],
         launch["tile_queries"],
+        tuple(launch["layouts"]),
     )
 
 
@@ -141,6 +150,32 @@ class _Scratch(threading.local):
         return have
 
 
+@dataclass(slots=True)
+class _Step:
+    """Implements `stream.Steps`.
+
+    Attributes:
+        call: the kernel step.
+        bad: what it could not store.
+        last: rows of the last call that counts.
+        onward: what is added to them for the next one.
+    """
+
+    call: Call
+    bad: Ints
+    last: Ints
+    onward: Ints
+
+    def __call__(self) -> bool:
+        rows = self.call.rows
+        np.add(self.last, self.onward, rows)
+        self.call.kernel(*self.call.given)
+        if self.bad.item(0):
+            return False
+        self.last[:] = rows
+        return True
+
+
 class Kernels:
     """Implements `stream.Kernels` with compiled kernels.
 
@@ -170,6 +205,12 @@ class Kernels:
             constant_arguments(plan, own) for plan, own in zip(plans, constants, strict=True)
         ]
         self._scratch = _Scratch()
+
+    def layouts(self, layer: int) -> tuple[PageLayout, PageLayout]:
+        """Return the layouts that the library was compiled for."""
+        plan, (k, v) = self._plans[layer], self._library(layer).layouts
+        own = plan.k.page_layout(), plan.v.page_layout()
+        return replace(own[0], kind=k), replace(own[1], kind=v)
 
     def append(self, layer: int, stream: Stream, x: Floats, first: Ints, count: Ints) -> None:
         """Map and store new tokens; see `stream.Kernels`."""
@@ -208,22 +249,41 @@ class Kernels:
                 fix="store scales as bf16 or f32, or rotate or scale the channels first",
             )
 
+    def steps(
+        self, layer: int, streams: Pair, grows: tuple[int, int], new: tuple[Floats, Floats]
+    ) -> Steps | None:
+        """Return what appends one token a row in one call; see `stream.Kernels`."""
+        if new[0].size > MOST_STEP:
+            return None
+        (k, v), library, batch = streams, self._library(layer), len(new[0])
+        bad = np.zeros(1 + 4 * batch * k.plan.heads, np.int64)
+        values = stream_values(k) | stream_values(v) | self._constants[layer]
+        values |= {"k_x": new[0], "v_x": new[1], "bad": bad, "batch": batch, "tokens": 1}
+        call = bind(library.functions["step"], library.arguments["step"], values, _STEP_ROWS, batch)
+        k_grow, v_grow = grows
+        begun = (k.encoded - k_grow, k.encoded, v.encoded - v_grow, v.encoded)
+        none = np.zeros(batch, np.int64)
+        last = np.concatenate([none, none + 1, k.length - 1, v.length - 1, *begun])
+        onward = np.repeat([0, 0, 1, 1, k_grow, k_grow, v_grow, v_grow], batch)
+        return _Step(call, bad, last, onward)
+
     def attend(self, layer: int, q: Floats, k: Stream, v: Stream) -> tuple[Floats, Floats]:
         """Return output and log-sum-exp; see `stream.Kernels`."""
         batch, heads, queries, _ = q.shape
-        out = np.zeros((batch, heads, queries, v.plan.channels), np.float32)
-        lse = np.full((batch, heads, queries), -np.inf, np.float32)
+        # The kernels write every number of both.
+        out = np.empty((batch, heads, queries, v.plan.channels), np.float32)
+        lse = np.empty((batch, heads, queries), np.float32)
         if not out.size:
             return out, lse
         if queries <= MOST_QUERIES:
-            self._attend(layer, q, k, v, k.length, out, lse)
+            self._attend(layer, q, k, v, k.length, out, lse, one=queries == 1)
             return out, lse
         for begin in range(0, queries, MOST_QUERIES):
             part = slice(begin, min(queries, begin + MOST_QUERIES))
             some_out, some_lse = out[:, :, part].copy(), lse[:, :, part].copy()
             # These are the last queries of a row that ends where they end.
             length = k.length - (queries - part.stop)
-            self._attend(layer, q[:, :, part], k, v, length, some_out, some_lse)
+            self._attend(layer, q[:, :, part], k, v, length, some_out, some_lse, one=False)
             out[:, :, part], lse[:, :, part] = some_out, some_lse
         return out, lse
 
@@ -231,22 +291,46 @@ class Kernels:
         """Do nothing: append and encode refuse at once."""
 
     def _attend(
-        self, layer: int, q: Floats, k: Stream, v: Stream, length: Ints, out: Floats, lse: Floats
+        self,
+        layer: int,
+        q: Floats,
+        k: Stream,
+        v: Stream,
+        length: Ints,
+        out: Floats,
+        lse: Floats,
+        *,
+        one: bool,
     ) -> None:
+        """Write out and lse; `one`: a query a row, else the queries of a block."""
         plan, library = self._plans[layer], self._library(layer)
         batch, _, queries, _ = q.shape
-        longest = int(length.max()) - plan.k.tokens.sink
+        longest = max(length.tolist()) - plan.k.tokens.sink
         splits = max(1, -(-longest // library.split_tokens))
         tiles = -(-queries // library.tile_queries)
-        padded = tiles * library.tile_queries if queries > 1 else 1
+        padded = 1 if one else tiles * library.tile_queries
         rows = padded * plan.group
-        values = stream_values(k) | stream_values(v) | self._constants[layer]
+        values: dict[str, Any] = {}
         values |= self._workspace(plan, batch * plan.k.heads * rows, splits)
         values |= {"q": q, "out": out, "lse": lse, "length_of": length, "batch": batch}
         values |= {"splits": splits, "rows": rows, "tiles": tiles, "queries": queries}
-        library.call("prepare", values)
-        library.call("attend" if queries == 1 else "attend_block", values)
-        library.call("combine", values)
+        if one:
+            self._attend_one(layer, k, v, values)
+            return
+        values |= stream_values(k) | stream_values(v) | self._constants[layer]
+        for kernel in ("prepare", "attend_block", "combine"):
+            library.call(kernel, values)
+
+    def _attend_one(self, layer: int, k: Stream, v: Stream, values: dict[str, Any]) -> None:
+        """Attend with one query a row, whose arguments are kept for the next token."""
+        library, constants = self._library(layer), self._constants[layer]
+        calls = bound_calls(library.decode, library.arguments, constants, _ATTEND_ROWS, k, v)
+        values |= {name: values[name].reshape(-1) for name in ("q", "out", "lse")}
+        rows = (values["length_of"], k.encoded, k.tail_first, v.encoded, v.tail_first)
+        numbers = [number for row in rows for number in row.tolist()]
+        for call in calls:
+            call.rows[:] = numbers
+            call(values)
 
     def _workspace(self, plan: AttentionPlan, rows: int, splits: int) -> dict[str, Array]:
         take, width = self._scratch.take, plan.k.channels

@@ -12,10 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..ir.errors import KvantError
+from ..ir.layouts import PageLayout
 from ..ir.plan import AttentionPlan
 from .arguments import constant_arguments, stream_values
 from .memory import Memory, TorchMemory
-from .stream import Ints, Stream
+from .stream import Ints, Pair, Steps, Stream
 
 Array = NDArray[Any]
 Tensor: TypeAlias = Any
@@ -67,6 +68,11 @@ class Kernels:
         """See `stream.Kernels`."""
         return self._memory
 
+    def layouts(self, layer: int) -> tuple[PageLayout, PageLayout]:
+        """Return the plan's own layouts: rows."""
+        plan = self._plans[layer]
+        return plan.k.page_layout(), plan.v.page_layout()
+
     def append(self, layer: int, stream: Stream, x: Tensor, first: Ints, count: Ints) -> None:
         """Map and store new tokens; see `stream.Kernels`. What is not finite, `check` refuses."""
         batch, heads, tokens, _ = x.shape
@@ -78,6 +84,10 @@ class Kernels:
         self._call(
             layer, f"append_{stream.plan.role}", (_tiles(tokens, tile), batch * heads), values
         )
+
+    def steps(self, layer: int, streams: Pair, grows: tuple[int, int], new: Any) -> Steps | None:
+        """Return None: nothing is faster here than `append` and `encode`."""
+        return None
 
     def encode(self, layer: int, stream: Stream, begin: Ints, end: Ints) -> None:
         """Encode positions [begin, end) into pages; see `stream.Kernels`."""

@@ -10,12 +10,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..ir.attention import attend, round_queries
+from ..ir.attention import EXACT, attend, round_queries
+from ..ir.encodings import Bfp, Int
 from ..ir.errors import KvantError
+from ..ir.integers import Coded, Integers
+from ..ir.layouts import ROWS, PageLayout
 from ..ir.maps import apply
 from ..ir.plan import AttentionPlan, StreamPlan
+from ..ir.tolerance import score_rounding
 from .memory import HOST, Memory
-from .stream import Floats, Ints, Stream
+from .stream import Floats, Ints, Pair, Steps, Stream
 
 Array = NDArray[Any]
 
@@ -36,6 +40,11 @@ class Kernels:
         self._plans = tuple(plans)
         self._constants = tuple(constants)
 
+    def layouts(self, layer: int) -> tuple[PageLayout, PageLayout]:
+        """Return the plan's own layouts; streams of other targets are read as they are."""
+        plan = self._plans[layer]
+        return plan.k.page_layout(), plan.v.page_layout()
+
     def append(self, layer: int, stream: Stream, x: Floats, first: Ints, count: Ints) -> None:
         """Map and store new tokens as they came; see `stream.Kernels`."""
         tokens = [x[row, :, first[row] : first[row] + count[row]] for row in range(len(x))]
@@ -47,6 +56,10 @@ class Kernels:
                 raise _non_finite(layer, stream, row) from error
         for row, part in enumerate(mapped):
             _store(stream, row, part)
+
+    def steps(self, layer: int, streams: Pair, grows: tuple[int, int], new: Any) -> Steps | None:
+        """Return None: nothing is faster here than `append` and `encode`."""
+        return None
 
     def encode(self, layer: int, stream: Stream, begin: Ints, end: Ints) -> None:
         """Encode positions [begin, end) of the tail; see `stream.Kernels`."""
@@ -74,7 +87,19 @@ class Kernels:
         self, dtype: type[np.floating[Any]], layer: int, q: Floats, k: Stream, v: Stream
     ) -> tuple[Array, Array]:
         """Return output and log-sum-exp with all sums in `dtype`, not rounded afterwards."""
+        return self.attend_and_slack(dtype, layer, q, k, v)[:2]
+
+    def attend_and_slack(
+        self, dtype: type[np.floating[Any]], layer: int, q: Floats, k: Stream, v: Stream
+    ) -> tuple[Array, Array, float]:
+        """Return output, log-sum-exp, and what ties of rounded probabilities may change of outputs.
+
+        One query over streams in quads is computed as `ir/integers.py` says.
+        """
         plan = self._plans[layer]
+        integers = integers_of(plan, k, v) if q.shape[2] == 1 else None
+        if integers is not None:
+            integers.near = 4 * score_rounding(self.queries(layer, q), read_stream(k), plan.scale)
         out, lse = attend(
             self.queries(layer, q),
             read_stream(k),
@@ -85,14 +110,43 @@ class Kernels:
             window=plan.window,
             sinks=None if plan.sinks is None else self._constants[layer][plan.sinks],
             dtype=dtype,
+            products=integers or EXACT,
         )
-        return apply(plan.out_maps, out, self._constants[layer], plan.group), lse
+        # A map of outputs is at most a sum of all channels.
+        spread = 1.0 if not plan.out_maps else float(plan.v.channels)
+        slack = 0.0 if integers is None else spread * float(integers.slack.max(initial=0.0))
+        return apply(plan.out_maps, out, self._constants[layer], plan.group), lse, slack
 
     def queries(self, layer: int, q: Floats) -> Array:
         """Return q as attend reads it: after the maps, rounded if the plan says so; float64."""
         plan = self._plans[layer]
         queries = apply(plan.q_maps, q, self._constants[layer], plan.group)
         return queries if plan.query_bits is None else round_queries(queries, plan.query_bits)
+
+
+def integers_of(plan: AttentionPlan, k: Stream, v: Stream) -> Integers | None:
+    """Return the arithmetic of one query over two streams, or None where nothing is rounded."""
+    k_coded, v_coded = (_coded(stream) for stream in (k, v))
+    if not any(one is not None for one in [*k_coded, *v_coded]):
+        return None
+    return Integers(k_coded, v_coded)
+
+
+def _coded(stream: Stream) -> list[Coded | None]:
+    """Return the scales of each row's pages, None for what no integer dot product reads."""
+    rest = stream.plan.tokens.rest
+    if stream.layout.kind == ROWS or not isinstance(rest, Int | Bfp):
+        return [None] * len(stream.length)
+    coded: list[Coded | None] = []
+    for row, (begin, end) in enumerate(zip(stream.held, stream.encoded, strict=True)):
+        if end <= begin:
+            coded.append(None)
+            continue
+        pages = _pages_of(stream, row, int(begin), int(end))
+        scale = np.concatenate([rest.scales(stream.layout.unpack(page)) for page in pages], axis=1)
+        tokens = int(end - begin)
+        coded.append(Coded(int(begin), rest, scale[:, : -(-tokens // rest.group_tokens)]))
+    return coded
 
 
 def read_stream(stream: Stream) -> Array:
@@ -120,16 +174,22 @@ def read_stream(stream: Stream) -> Array:
 def _read_pages(stream: Stream, row: int, begin: int, end: int) -> Array:
     """Return the tokens [begin, end) of a row, [H, end - begin, D]; a page begins at `begin`."""
     layout = stream.layout
-    first = (begin - stream.sinks) // layout.tokens
     whole, rest = divmod(end - begin, layout.tokens)
     decode = stream.plan.tokens.rest.decode
-    indices = stream.table[row, first : first + whole + (rest > 0)]
-    pages = stream.memory.fetch(stream.memory.rows(stream.pages, indices))
+    pages = _pages_of(stream, row, begin, end)
     x = np.moveaxis(decode(layout.unpack(pages[:whole])), 0, 1)
     parts = [x.reshape(layout.heads, whole * layout.tokens, layout.channels)]
     if rest:
         parts.append(decode(layout.read(pages[whole], 0, rest)))
     return np.concatenate(parts, axis=1)
+
+
+def _pages_of(stream: Stream, row: int, begin: int, end: int) -> Array:
+    """Return the pages, on the host, of the tokens [begin, end) of a row; a page begins there."""
+    first, last = ((at - stream.sinks) for at in (begin, end))
+    size = stream.layout.tokens
+    indices = stream.table[row, first // size : -(-last // size)]
+    return np.asarray(stream.memory.fetch(stream.memory.rows(stream.pages, indices)))
 
 
 def _as_stored(plan: StreamPlan, x: Array, constants: Mapping[str, Array]) -> Array:

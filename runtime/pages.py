@@ -18,6 +18,7 @@ from ..ir.errors import KvantError
 
 # Python names this flag only from 3.13 on; the value is the same on every Linux we support.
 _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
+_HUGE = 8 << 20  # bytes; a smaller pool is not worth a page of 2 MiB
 
 
 @dataclass(slots=True)
@@ -106,5 +107,8 @@ def open_pool(page_bytes: int, capacity: int) -> PagePool:
             where=f"page pool of {capacity} pages of {page_bytes} bytes",
             fix="lower batch or max_tokens, or raise the limit (ulimit -v, vm.overcommit_memory)",
         ) from error
+    if size >= _HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
+        # A long cache is read from end to end: fewer, larger pages of memory spare table walks.
+        mapping.madvise(mmap.MADV_HUGEPAGE)
     flat = np.frombuffer(mapping, np.uint8, count=page_bytes * capacity)
     return PagePool(flat.reshape(capacity, page_bytes), capacity)

@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..ir.errors import KvantError
+from ..ir.layouts import ROWS
 from ..ir.plan import AttentionPlan, StreamPlan
 from . import strict_json
 from .columns import Columns, Ints, new_columns
@@ -171,7 +172,7 @@ def _write(cache: "Cache", file: BinaryIO) -> None:
             for raw in _raw_parts(stream):
                 put(stream.memory.fetch(raw).tobytes())
             for page in _pages(stream):
-                data = stream.memory.fetch(page).tobytes()
+                data = stream.layout.arranged(stream.memory.fetch(page), ROWS).tobytes()
                 put(_CRC.pack(zlib.crc32(data)) + data)
     file.write(sha.digest())
 
@@ -357,7 +358,8 @@ def _fill(reader: _Reader, cache: "Cache", state: State) -> None:
                 (crc,) = _CRC.unpack(reader.take(_CRC.size))
                 data = np.empty(stream.layout.page_bytes, np.uint8)
                 reader.fill(data)
-                page[...] = stream.memory.place(data)
+                rows = stream.plan.page_layout()
+                page[...] = stream.memory.place(rows.arranged(data, stream.layout.kind))
                 if zlib.crc32(data.tobytes()) != crc:
                     _damaged(f"page {i} of a {stream.plan.role} stream is damaged", reader.where)
 

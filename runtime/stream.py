@@ -13,8 +13,8 @@ kernel may read. An append writes there first and moves `length` and `encoded` l
 on the way leaves the stream as it was.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -28,7 +28,7 @@ from .pages import PagePool
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 
-_TAIL_MIN = 16  # tokens; a smaller tail would be moved at almost every append
+_TAIL_MIN = 64  # tokens; a smaller tail would be moved often
 
 
 @dataclass(slots=True)
@@ -49,6 +49,7 @@ class Stream:
         encoded: int64[B], end of what the pages hold.
         length: int64[B], valid tokens.
         bad: int64[2, B H]; what append and encode of a device could not store, for `check`.
+        bound: what the kernels keep of this stream between two calls; see `bound.py`.
     """
 
     plan: StreamPlan
@@ -64,6 +65,7 @@ class Stream:
     encoded: Ints
     length: Ints
     bad: Array
+    bound: object = field(default=None, init=False, repr=False, compare=False)
 
     @property
     def pages(self) -> Array:
@@ -74,6 +76,12 @@ class Stream:
     def sinks(self) -> int:
         """n_sink, the number of positions kept in `sink`."""
         return self.plan.tokens.sink
+
+
+Pair = tuple[Stream, Stream]
+"""k and v of a layer."""
+Steps = Callable[[], bool]
+"""Stores one more token a row of k and v; whether it did."""
 
 
 class Kernels(Protocol):
@@ -89,6 +97,9 @@ class Kernels(Protocol):
     def memory(self) -> Memory:
         """Where arrays must be."""
 
+    def layouts(self, layer: int) -> tuple[PageLayout, PageLayout]:
+        """Return the bytes of a page of k and of v that these kernels read and write."""
+
     def append(self, layer: int, stream: Stream, x: Floats, first: Ints, count: Ints) -> None:
         """Apply the online maps to x [B, H, T, D] and store it as positions length, length + 1, ...
 
@@ -101,6 +112,18 @@ class Kernels(Protocol):
         """Encode positions [begin, end) from the tail into pages that the table already names.
 
         `begin` is `encoded`, or past it where a window already hides what is between.
+        """
+
+    def steps(
+        self, layer: int, streams: Pair, grows: tuple[int, int], new: tuple[Floats, Floats]
+    ) -> Steps | None:
+        """Return what appends one token a row and encodes, again and again, or None.
+
+        Each call appends what the arrays of `new`, [B, H, 1, D] of k and v, hold then: the first
+        one as positions `length`, the second one after these. It encodes `grows` tokens of each
+        stream, at first from `encoded` on. Tail, table and pages stay what they are, and have room.
+        A call that returns False stored nothing that counts: `append` or `encode` would refuse.
+        None: that would not be faster than `append` and `encode`.
         """
 
     def attend(self, layer: int, q: Floats, k: Stream, v: Stream) -> tuple[Floats, Floats]:
@@ -138,12 +161,16 @@ def new_stream(
     max_tokens: int,
     window: int | None = None,
     memory: Memory = HOST,
+    layout: PageLayout | None = None,
 ) -> Stream:
-    """Return an empty stream of a layer with this window, in the memory of its pool."""
+    """Return an empty stream of a layer with this window, in the memory of its pool.
+
+    The layout is the plan's own, rows, if none is given.
+    """
     sinks = plan.tokens.sink
     return Stream(
         plan=plan,
-        layout=plan.page_layout(),
+        layout=plan.page_layout() if layout is None else layout,
         pool=pool,
         window=window,
         memory=memory,
@@ -217,9 +244,15 @@ def drop_pages(stream: Stream) -> None:
     stream.pool.give_back(dropped[dropped >= 0].tolist())
 
 
-def make_room(stream: Stream, new_length: Ints) -> None:
-    """Make the tail large enough for positions up to `new_length`; the content does not change."""
-    if int((new_length - stream.tail_first).max()) <= stream.tail.shape[2]:
+def make_room(stream: Stream, new_length: Ints, ahead: int = 0) -> None:
+    """Make the tail large enough for positions up to `new_length`; the content does not change.
+
+    Args:
+        stream: the stream.
+        new_length: int64[B].
+        ahead: tokens that are likely to follow; at most those for which a new tail has room.
+    """
+    if int((new_length - stream.tail_first).max()) + ahead <= stream.tail.shape[2]:
         return
     need = max(0, int((new_length - stream.encoded).max()))
     _move_tail(stream, _room_for(need))

@@ -17,15 +17,26 @@ if TYPE_CHECKING:
 REFERENCE = "reference"
 _FASTEST_FIRST = ("cuda", "hip", "cpu")
 _RUNS_HERE = ("cpu", "cuda")
+# Of the processors that one machine may fit: wide vectors with dot products of bytes first. A test
+# holds the order to that of targets/machines.py.
+_BEST_CPUS = ("sapphirerapids", "znver4", "x86-64-v4", "alderlake", "x86-64-v3", "x86-64-v2")
 
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """The target to use: its name, its facts, and one sentence for each that was passed over."""
+    """The target to use.
+
+    Attributes:
+        name: of the target.
+        facts: of the target.
+        passed_over: one sentence for each other one.
+        also: which of those asked for would run here too, best first.
+    """
 
     name: str
     facts: Mapping[str, Json]
     passed_over: dict[str, str]
+    also: tuple[str, ...] = ()
 
 
 def choose_target(
@@ -67,9 +78,9 @@ def choose_target(
     usable = [name for name, reason in reasons.items() if reason is None]
     if not usable:
         _refuse_all({n: str(reason) for n, reason in reasons.items()}, where)
-    chosen = min(usable, key=lambda name: _rank(name, asked[name]))
+    chosen, *also = sorted(usable, key=lambda name: _rank(name, asked[name]))
     others = {n: reasons.get(n) or f"{chosen} was preferred" for n in compiled if n != chosen}
-    return Chosen(chosen, asked[chosen], others)
+    return Chosen(chosen, asked[chosen], others, tuple(also))
 
 
 def build_kernels(
@@ -122,14 +133,25 @@ def kernel_rows(targets: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]
 def _why_not(facts: Mapping[str, Json], machine: Machine) -> str | None:
     if facts["kind"] not in _RUNS_HERE:
         return f"this version of the runtime does not run targets of kind {facts['kind']!r}"
+    if (facts["kind"], facts.get("system")) == ("cpu", "Darwin"):
+        return (
+            "it is an object file and assembly for macOS, which nothing links to a library that "
+            "could be loaded"
+        )
     return why_not(facts, machine)
 
 
-def _rank(name: str, facts: Mapping[str, Json]) -> tuple[int, int, str]:
-    """Order targets: the kind first, then the one that uses more of the processor."""
+def _rank(name: str, facts: Mapping[str, Json]) -> tuple[int, int, int, str]:
+    """Order targets: the kind, the known processors, then who uses more of the processor."""
     kind, features = str(facts["kind"]), facts.get("features")
-    place = _FASTEST_FIRST.index(kind) if kind in _FASTEST_FIRST else len(_FASTEST_FIRST)
-    return place, -len(features) if isinstance(features, list) else 0, name
+    count = len(features) if isinstance(features, list) else 0
+    processor = name.removeprefix(f"{kind}-")
+    return _place(_FASTEST_FIRST, kind), _place(_BEST_CPUS, processor), -count, name
+
+
+def _place(order: Sequence[str], name: str) -> int:
+    """Return where a name is in an order; what is not in it comes after all."""
+    return order.index(name) if name in order else len(order)
 
 
 def _refuse_all(reasons: Mapping[str, str], where: str) -> NoReturn:

@@ -7,7 +7,8 @@ it can be looked up in `sys.modules` when the result must be a torch tensor agai
 import operator
 import sys
 from dataclasses import dataclass
-from typing import Any, SupportsIndex
+from functools import cache
+from typing import Any, Literal, SupportsIndex
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,13 +33,20 @@ class Kind:
 
 _F32 = np.dtype(np.float32)
 _NUMPY_F32 = Kind("numpy", "float32")
+_LAYOUT: tuple[Literal["C", "A", "W"], ...] = ("C", "A", "W")
+_KINDS = {dtype: Kind("torch", dtype) for dtype in _DTYPES}
 
 
 def is_torch(value: object) -> bool:
     """Return whether the value is a torch.Tensor or of a class derived from it."""
+    kind: Any = type(value)
+    return _is_tensor(kind)
+
+
+@cache
+def _is_tensor(kind: Any) -> bool:
     return any(
-        cls.__name__ == "Tensor" and cls.__module__.split(".")[0] == "torch"
-        for cls in type(value).__mro__
+        cls.__name__ == "Tensor" and cls.__module__.split(".")[0] == "torch" for cls in kind.__mro__
     )
 
 
@@ -61,7 +69,7 @@ def _wrong_dtype(name: str, dtype: object, expected: str) -> KvantError:
 
 
 def _check_device(name: str, tensor: Any) -> None:
-    if str(tensor.device).split(":")[0] != "cpu" or str(tensor.layout) != "torch.strided":
+    if not tensor.is_cpu or _name(tensor.layout) != "strided":
         raise wrong_device(name, tensor, "cpu")
 
 
@@ -79,16 +87,24 @@ def wrong_device(name: str, tensor: Any, wanted: str) -> KvantError:
 
 def kind_of_tensor(name: str, tensor: Any) -> Kind:
     """Return what a torch tensor is. Raises: KvantError "wrong-dtype"."""
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    if dtype not in _DTYPES:
-        raise _wrong_dtype(name, dtype, " or ".join(_DTYPES))
-    return Kind("torch", dtype)
+    kind = _KINDS.get(_name(tensor.dtype))
+    if kind is None:
+        raise _wrong_dtype(name, _name(tensor.dtype), " or ".join(_DTYPES))
+    return kind
+
+
+@cache
+def _name(constant: object) -> str:
+    """Return the name of a dtype or layout of torch."""
+    return str(constant).removeprefix("torch.")
 
 
 def check_shape(
     name: str, shape: tuple[int, ...], expected: tuple[int | str, ...], where: str
 ) -> None:
     """Raise KvantError "wrong-shape" unless the shape fits; a str in `expected` fits any size."""
+    if shape == expected:
+        return
     fits = len(shape) == len(expected) and all(
         isinstance(want, str) or have == want for have, want in zip(shape, expected, strict=False)
     )
@@ -119,13 +135,15 @@ def read_floats(name: str, value: object) -> tuple[NDArray[np.float32], Kind]:
         tensor: Any = value
         kind = kind_of_tensor(name, tensor)
         _check_device(name, tensor)
-        array = tensor.detach().float().contiguous().numpy()
-        return np.require(array, np.float32, ["C", "A", "W"]), kind
+        if tensor.requires_grad:
+            tensor = tensor.detach()
+        array: NDArray[np.float32] = (tensor if kind.dtype == "float32" else tensor.float()).numpy()
+        return (array if array.flags.carray else np.require(array, np.float32, _LAYOUT)), kind
     if not isinstance(value, np.ndarray):
         raise _wrong_type(name, value, "a torch tensor or a NumPy array")
     if value.dtype.name not in _DTYPES or not value.dtype.isnative:
         raise _wrong_dtype(name, value.dtype, " or ".join(_DTYPES) + " in native byte order")
-    return np.require(value, np.float32, ["C", "A", "W"]), Kind("numpy", value.dtype.name)
+    return np.require(value, np.float32, _LAYOUT), Kind("numpy", value.dtype.name)
 
 
 def write_floats(array: NDArray[np.float32], kind: Kind) -> Any:

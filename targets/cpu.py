@@ -1,14 +1,16 @@
-"""The target cpu: plan -> TVMScript text -> one shared library.
+"""The target cpu: plan -> TVMScript text -> one shared library, for one processor of CPUS.
 
-The library holds at most eight kernels and the thread pool (pool.c). It needs libc and the error
-function of tvm-ffi, nothing else; identical plans give identical bytes.
+The library holds at most nine kernels and the thread pool (pool.c). It needs libc and the error
+function of tvm-ffi, nothing else; identical plans give identical bytes. For macOS there is an
+object file instead, and its assembly.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
-import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +19,18 @@ from ..ir.plan import AttentionPlan
 from .cpu_append import append
 from .cpu_attend import TILE_QUERIES, attend, attend_block
 from .cpu_combine import combine
-from .cpu_compile import link, object_file
+from .cpu_compile import compile_source
 from .cpu_encode import encode
+from .cpu_link import link, linked, missing
 from .cpu_prepare import prepare
+from .cpu_quads import layouts, path_of
+from .cpu_step import step
 from .cpu_text import Kernel
-from .kernel_text import KERNELS
+from .kernel_text import HOST_KERNELS, KERNELS
+from .machines import CPUS, Cpu
 from .source import Source, split_tokens, why_not
 from .target import Build, Stage, Target
 
-ISA = "x86-64-v3"
-# In Linux' spelling (/proc/cpuinfo), what the instructions of an ISA level need beyond x86-64.
-FEATURES = {ISA: ("avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe", "ssse3")}
 TVM_FFI = "0.1.15"
 
 
@@ -35,53 +38,55 @@ HEAD = '"""Kernels of one attention plan in TVMScript, written by kvant."""\n\n'
 HEAD += "from tvm.script import tirx as T\n"
 
 
-def emit(plan: AttentionPlan) -> Source[Kernel]:
+def emit(plan: AttentionPlan, cpu: Cpu) -> Source[Kernel]:
     """Return the kernels of a plan as text."""
+    k, v = layouts(plan)
     kernels = (
         prepare(plan),
         append(plan.k),
         append(plan.v),
-        encode(plan.k),
-        encode(plan.v),
-        attend(plan),
-        attend_block(plan),
+        encode(plan.k, k),
+        encode(plan.v, v),
+        step(plan, (k, v)),
+        attend(plan, cpu),
+        attend_block(plan, cpu),
         combine(plan),
     )
     return Source(plan, kernels, HEAD)
 
 
-def compile_cpu(source: Source[Kernel], isa: str = ISA) -> dict[str, bytes]:
-    """Return kernels.so, kernels.py and launch.json of what was emitted.
+def compile_cpu(source: Source[Kernel], cpu: Cpu) -> dict[str, bytes]:
+    """Return kernels.py, launch.json, and kernels.so or what stands for it.
+
+    Where no library can be linked (macOS) these are kernels.o and kernels.s, its assembly.
 
     Args:
-        source: of a plan that `why_not` accepts.
-        isa: a key of FEATURES.
+        source: emitted for `cpu`, of a plan that `why_not` accepts.
+        cpu: which processor.
 
-    Raises: KvantError "unknown-isa", "no-c-compiler", "compiler-failed".
+    Raises: KvantError "no-c-compiler", "compiler-failed".
     """
-    if isa not in FEATURES:
-        raise KvantError(
-            "unknown-isa", f"no ISA {isa!r}", where="target cpu", fix=f"use: {', '.join(FEATURES)}"
-        )
-    library = link(object_file(source, isa))
+    code = compile_source(source, cpu, with_assembly=not linked(cpu))
+    if linked(cpu):
+        binaries = {"kernels.so": link(code.object, cpu)}
+    else:
+        binaries = {"kernels.o": code.object, "kernels.s": code.assembly.encode()}
     launch = {
-        "facts": _facts(library, isa),
+        "facts": _facts(source.plan, cpu, binaries.get("kernels.so")),
         "kernels": {kernel.name: kernel.arguments() for kernel in source.kernels},
+        "layouts": [layout.kind for layout in layouts(source.plan)],
         "split_tokens": split_tokens(source.plan),
         "tile_queries": TILE_QUERIES,
     }
     text = json.dumps(launch, indent=1, sort_keys=True) + "\n"
-    return {
-        "kernels.so": library,
-        "kernels.py": source.text().encode(),
-        "launch.json": text.encode(),
-    }
+    return binaries | {"kernels.py": source.text().encode(), "launch.json": text.encode()}
 
 
-def available() -> str | None:
-    """Return None if libraries can be built here, or one sentence why not."""
-    if shutil.which("cc") is None:
-        return "no C compiler `cc` was found: install gcc or clang"
+def available(cpu: Cpu) -> str | None:
+    """Return None if kernels for a processor can be built here, or one sentence why not."""
+    reason = missing(cpu)
+    if reason is not None:
+        return reason
     try:
         import tvm  # noqa: F401
     except ImportError:
@@ -89,46 +94,73 @@ def available() -> str | None:
     return None
 
 
-def this_isa(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """Return the ISA level that this machine runs, by the flags of its processor.
+def this_cpu(
+    cpuinfo: Path = Path("/proc/cpuinfo"), system: str | None = None, machine: str | None = None
+) -> Cpu:
+    """Return the first of CPUS whose libraries this machine runs, by the flags of its processor.
 
-    Raises: KvantError "machine-does-not-fit" if it lacks AVX2 or another feature of the lowest one.
+    Args:
+        cpuinfo: where the flags are.
+        system: as platform.system() says; this one's if not given.
+        machine: as platform.machine() says; this one's if not given.
+
+    Raises: KvantError "machine-does-not-fit" if it lacks a feature of the lowest one.
     """
-    found = re.search(r"^flags\s*:(.*)$", cpuinfo.read_text() if cpuinfo.exists() else "", re.M)
-    lacking = sorted(set(FEATURES[ISA]) - set(found[1].split() if found else ()))
-    if lacking:
-        raise KvantError(
-            "machine-does-not-fit",
-            f"this machine lacks {', '.join(lacking)}; the kernels need {ISA}",
-            where="target cpu",
-            fix=f"name the machine to build for: cpu:{ISA}; or use the target 'reference'",
-        )
-    return ISA
+    place = (system or os.uname().sysname, machine or os.uname().machine)
+    here = [cpu for cpu in CPUS.values() if (cpu.system, cpu.machine) == place and linked(cpu)]
+    flags = _flags(cpuinfo)
+    for cpu in here:
+        if set(cpu.features) <= flags:
+            return cpu
+    least = min(here, key=lambda cpu: len(cpu.features), default=None)
+    what = f"no CPU target is for {' on '.join(place)}"
+    if least is not None:
+        lacking = ", ".join(sorted(set(least.features) - flags))
+        what = f"this machine lacks {lacking}; the kernels need {least.name} at least"
+    raise KvantError(
+        "machine-does-not-fit",
+        what,
+        where="target cpu",
+        fix="name the machine to build for, such as cpu:x86-64-v3; or use the target 'reference'",
+    )
 
 
-def _facts(library: bytes, isa: str) -> dict[str, Any]:
-    versions = {tuple(map(int, m)) for m in re.findall(rb"GLIBC_(\d+)\.(\d+)", library)}
-    major, minor = max(versions, default=(2, 17))
-    return {
+def _flags(cpuinfo: Path) -> set[str]:
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    found = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.M)
+    return set(found[1].split()) if found else set()
+
+
+def _facts(plan: AttentionPlan, cpu: Cpu, library: bytes | None) -> dict[str, Any]:
+    paths = f"keys by {path_of(plan, 'k', cpu)}, values by {path_of(plan, 'v', cpu)}"
+    facts = {
         "kind": "cpu",
-        "system": "Linux",
-        "machine": "x86_64",
-        "features": list(FEATURES[isa]),
-        "glibc": f"{major}.{minor}",
+        "system": cpu.system,
+        "machine": cpu.machine,
+        "features": sorted(cpu.features),
         "packages": {"apache-tvm-ffi": TVM_FFI},
-        "kernels": KERNELS,
+        "kernels": KERNELS | HOST_KERNELS | {"attend": f"{KERNELS['attend']}; {paths}"},
     }
+    if library is not None:
+        versions = {tuple(map(int, m)) for m in re.findall(rb"GLIBC_(\d+)\.(\d+)", library)}
+        major, minor = max(versions, default=(2, 17))
+        facts["glibc"] = f"{major}.{minor}"
+    return facts
 
 
-def _binary(source: Source[Kernel]) -> Build:
-    files = compile_cpu(source)
-    return Build(f"cpu-{ISA}", json.loads(files["launch.json"])["facts"], files)
+def _binary(cpu: Cpu, source: Source[Kernel]) -> Build:
+    files = compile_cpu(source, cpu)
+    return Build(f"cpu-{cpu.name}", json.loads(files["launch.json"])["facts"], files)
 
 
-CPU = Target(
-    name=f"cpu:{ISA}",
-    summary="x86-64 with AVX2 and FMA, by TVM; `cpu` is this machine",
-    supports=why_not,
-    available=available,
-    stages=(Stage("source", emit), Stage("binary", _binary)),
-)
+def _target(cpu: Cpu) -> Target:
+    return Target(
+        name=f"cpu:{cpu.name}",
+        summary=cpu.summary,
+        supports=why_not,
+        available=partial(available, cpu),
+        stages=(Stage("source", partial(emit, cpu=cpu)), Stage("binary", partial(_binary, cpu))),
+    )
+
+
+CPU_TARGETS = tuple(_target(cpu) for cpu in CPUS.values())

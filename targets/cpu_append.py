@@ -30,17 +30,26 @@ def append(stream: StreamPlan) -> Kernel:
         if store:
             _write_flag(kernel, heads)
         with kernel.block(f"for bh in T.parallel(batch * {heads})"):
-            kernel.let("b", f"T.truncdiv(bh, T.int64({heads}))")
-            kernel.let("h", f"T.truncmod(bh, T.int64({heads}))")
-            kernel.scratch("y", stream.channels, "float64")
-            kernel.scratch("z", stream.channels, "float64")
-            kernel.scratch("largest", 8, "int32")
-            if not store:
-                kernel.line("bad[bh] = T.int64(0)")
+            kernel.let("mark", "bh")
             guard = "T.Select(flag[0] > 0, T.int64(0), count[b])" if store else "count[b]"
-            with kernel.block(f"for t in T.serial({guard})"):
-                _write_token(kernel, stream, store=store)
+            write_tokens(kernel, stream, "x", guard, check=not store, store=store)
     return kernel
+
+
+def write_tokens(
+    kernel: Kernel, stream: StreamPlan, x: str, count: str, *, check: bool, store: bool
+) -> None:
+    """Check or store the first `count` new tokens of head bh; `bad[mark]` takes what is found."""
+    heads = stream.heads
+    kernel.let("b", f"T.truncdiv(bh, T.int64({heads}))")
+    kernel.let("h", f"T.truncmod(bh, T.int64({heads}))")
+    kernel.scratch("y", stream.channels, "float64")
+    kernel.scratch("z", stream.channels, "float64")
+    kernel.scratch("largest", 8, "int32")
+    if check:
+        kernel.line("bad[mark] = T.int64(0)")
+    with kernel.block(f"for t in T.serial({count})"):
+        _write_token(kernel, stream, x, check=check, store=store)
 
 
 def _write_flag(kernel: Kernel, heads: int) -> None:
@@ -49,20 +58,21 @@ def _write_flag(kernel: Kernel, heads: int) -> None:
         kernel.line("flag[0] = T.max(flag[0], bad[i])")
 
 
-def _write_token(kernel: Kernel, stream: StreamPlan, *, store: bool) -> None:
-    """Check or store token t of head bh."""
+def _write_token(kernel: Kernel, stream: StreamPlan, x: str, *, check: bool, store: bool) -> None:
+    """Check or store token t of head bh, or both."""
     role, width, sink = stream.role, stream.channels, stream.tokens.sink
     lanes = gcd(8, width)
     kernel.let("source", f"(bh * tokens + first[b] + t) * {width}")
-    value = at("x", f"source + j * {lanes}", lanes)
+    value = at(x, f"source + j * {lanes}", lanes)
     if stream.maps:
         with kernel.block(f"for j in T.serial({width // lanes})"):
             kernel.line(f"{at('y', f'j * {lanes}', lanes)} = {cast('float64', value, lanes)}")
         y = write_maps(kernel, stream.maps, width, "h")
         value = cast("float32", at(y, f"j * {lanes}", lanes), lanes)
     kept = rounded(value, stream.tokens.raw.dtype, lanes)
-    if not store:
+    if check:
         _write_check(kernel, dict.fromkeys((value, kept)), width, lanes)
+    if not store:
         return
     kernel.let("position", f"{role}_length[b] + t")
     kernel.let("slot", f"bh * {role}_capacity + position - {role}_tail_first[b]")
@@ -81,9 +91,10 @@ def _write_token(kernel: Kernel, stream: StreamPlan, *, store: bool) -> None:
 
 
 def _write_check(kernel: Kernel, values: Iterable[str], width: int, lanes: int) -> None:
-    """Set bad[bh] if a value of the token is not finite: its bits without the sign are Inf or more.
+    """Set bad[mark] if a value of the token is not finite.
 
-    Values are looked at before and after rounding, which may make Inf, or lose a NaN.
+    That is so if its bits without the sign are those of Inf or more. Values are looked at before
+    and after rounding, which may make Inf, or lose a NaN.
     """
     kernel.line(f"{at('largest', '0', lanes)} = {splat('T.int32(0)', lanes)}")
     with kernel.block(f"for j in T.serial({width // lanes})"):
@@ -95,4 +106,4 @@ def _write_check(kernel: Kernel, values: Iterable[str], width: int, lanes: int) 
     for i in range(1, lanes):
         kernel.line(f"largest[0] = T.max(largest[0], largest[{i}])")
     with kernel.block("if largest[0] >= T.int32(0x7F800000)"):
-        kernel.line("bad[bh] = T.Select(bad[bh] == T.int64(0), t + 1, bad[bh])")
+        kernel.line("bad[mark] = T.Select(bad[mark] == T.int64(0), t + 1, bad[mark])")

@@ -17,10 +17,12 @@ from collections.abc import Callable
 from functools import partial
 
 from ..ir.encodings import Drop, Raw
+from ..ir.layouts import CHANNEL_QUADS, ROWS, TOKEN_QUADS
 from ..ir.plan import AttentionPlan
 from .cpu_math import NEGATIVE
-from .cpu_pages import PageReader, Readers, readers_of
-from .cpu_regions import stream_arguments, write_regions, write_split
+from .cpu_pages import PageReader, Readers
+from .cpu_quads import integer_queries, layouts
+from .cpu_regions import stream_arguments, write_ask, write_regions, write_split
 from .cpu_rows import Rows, blocks, row_stride
 from .cpu_scores import (
     score_scratch,
@@ -28,10 +30,13 @@ from .cpu_scores import (
     write_page_scores,
     write_raw_scores,
 )
-from .cpu_scores_int import chunk, uses_integers, write_page_scores_int
+from .cpu_scores_int import key_dots, score_scratch_int, write_page_scores_int
 from .cpu_softmax import write_softmax
 from .cpu_text import Kernel, at, fma, number, splat
+from .cpu_tiles import write_key_tile, write_tile_scores, write_value_tile
 from .cpu_values import value_scratch, write_page_values, write_raw_values
+from .cpu_values_int import value_dots, value_scratch_int, write_page_values_int
+from .machines import Cpu
 
 # Queries of one item of attend_block.
 TILE_QUERIES = 8
@@ -43,49 +48,76 @@ RawWriter = Callable[[Kernel, Rows, str, str, str, str], None]
 PageWriter = Callable[[Kernel, PageReader, Rows], None]
 
 
-def attend(plan: AttentionPlan) -> Kernel:
+def attend(plan: AttentionPlan, cpu: Cpu) -> Kernel:
     """Return the kernel for one query a row."""
     kernel, group = Kernel("attend"), plan.group
     readers = _arguments(kernel, plan, decode=True)
     kernel.scalar("batch")
     kernel.scalar("splits")
     with kernel.block(f"for item in T.parallel(batch * {plan.k.heads} * splits)"):
-        kernel.let("split", "T.truncmod(item, splits)")
-        kernel.let("bh", "T.truncdiv(item, splits)")
-        kernel.let("h", f"T.truncmod(bh, T.int64({plan.k.heads}))")
-        kernel.let("b", f"T.truncdiv(bh, T.int64({plan.k.heads}))")
+        # Heads are innermost: the blocks of all heads of a page are neighbours in memory.
+        kernel.let("h", f"T.truncmod(item, T.int64({plan.k.heads}))")
+        kernel.let("bs", f"T.truncdiv(item, T.int64({plan.k.heads}))")
+        kernel.let("split", "T.truncmod(bs, splits)")
+        kernel.let("b", "T.truncdiv(bs, splits)")
+        kernel.let("bh", f"b * {plan.k.heads} + h")
         write_split(kernel, plan)
         kernel.let("row_base", f"bh * {group}")
-        kernel.let("part_base", f"item * {group}")
+        kernel.let("part_base", f"(bh * splits + split) * {group}")
         first = "lo" if plan.window is None else f"T.max(lo, length - {plan.window})"
         kernel.let("see0", first)
         kernel.let("see1", "hi")
         _write_bases(kernel, plan)
         with kernel.block("if see1 > see0"):
-            _write_decode(kernel, plan, *readers)
+            _write_decode(kernel, plan, cpu, *readers)
         _write_empty(kernel, group)
     return kernel
 
 
 def _write_decode(
-    kernel: Kernel, plan: AttentionPlan, k_readers: Readers, v_readers: Readers
+    kernel: Kernel, plan: AttentionPlan, cpu: Cpu, k_readers: Readers, v_readers: Readers
 ) -> None:
-    group, integers = plan.group, uses_integers(plan, k_readers[0])
+    group = plan.group
     kernel.scratch("logits", group * row_stride(plan))
     kernel.note("scores")
-    for reader in k_readers:
-        score_scratch(kernel, reader, group)
     k_rows = [_rows(plan, plan.k.channels, *block) for block in blocks(group, MOST_SCORE_ROWS)]
-    page = write_page_scores_int if integers else write_page_scores
-    _each(kernel, plan, "k", k_readers, k_rows, write_raw_scores, page)
-    kernel.note("softmax")
+    k_page = _key_pages(kernel, k_readers, group, cpu)
+    _each(kernel, plan, "k", k_readers, k_rows, write_raw_scores, k_page)
+    kernel.note("softmax; what comes next is asked for before it")
+    if v_readers:
+        write_ask(kernel, v_readers, plan.v.tokens.sink, "h")
     rows = _rows(plan, plan.v.channels, 0, group)
     write_softmax(kernel, rows, "see0", "see1", plan.softcap, "part_base")
     kernel.note("values")
-    value_scratch(kernel, v_readers, group)
     _write_zero_outputs(kernel, plan, group)
     v_rows = [_rows(plan, plan.v.channels, *block) for block in blocks(group, MOST_VALUE_ROWS)]
-    _each(kernel, plan, "v", v_readers, v_rows, write_raw_values, write_page_values)
+    v_page = _value_pages(kernel, v_readers, group, cpu)
+    if k_readers:
+        write_ask(
+            kernel, k_readers, plan.k.tokens.sink, f"T.min(h + 1, T.int64({plan.k.heads - 1}))"
+        )
+    _each(kernel, plan, "v", v_readers, v_rows, write_raw_values, v_page)
+
+
+def _key_pages(kernel: Kernel, readers: Readers, group: int, cpu: Cpu) -> PageWriter:
+    """Declare what the scores of an item need, and return what writes those of a page."""
+    if readers[0].layout.kind != ROWS:
+        keys = key_dots(readers[0], group, cpu)
+        score_scratch_int(kernel, keys)
+        return lambda kernel, reader, rows: write_page_scores_int(kernel, keys, rows)
+    for reader in readers:
+        score_scratch(kernel, reader, group)
+    return write_page_scores
+
+
+def _value_pages(kernel: Kernel, readers: Readers, group: int, cpu: Cpu) -> PageWriter:
+    """Declare what the values of an item need, and return what adds those of a page."""
+    if readers and readers[0].layout.kind != ROWS:
+        values = value_dots(readers[0], group, cpu)
+        value_scratch_int(kernel, values)
+        return lambda kernel, reader, rows: write_page_values_int(kernel, values, rows)
+    value_scratch(kernel, readers, group)
+    return write_page_values
 
 
 def _each(
@@ -105,7 +137,7 @@ def _each(
 
     def on_page() -> None:
         for reader in readers:
-            if role == "k":
+            if role == "k" and reader.layout.kind == ROWS:
                 write_page_params(kernel, reader)
             for block in rows:
                 page(kernel, reader, block)
@@ -113,7 +145,7 @@ def _each(
     write_regions(kernel, readers, plan.k if role == "k" else plan.v, on_raw, on_page)
 
 
-def attend_block(plan: AttentionPlan) -> Kernel:
+def attend_block(plan: AttentionPlan, cpu: Cpu) -> Kernel:
     """Return the kernel for several queries a row, causal between them."""
     kernel, count = Kernel("attend_block"), plan.group * TILE_QUERIES
     readers = _arguments(kernel, plan, decode=False)
@@ -135,20 +167,20 @@ def attend_block(plan: AttentionPlan) -> Kernel:
         kernel.let("see1", f"T.min(hi, p0 + {TILE_QUERIES})")
         _write_bases(kernel, plan)
         with kernel.block("if see1 > see0"):
-            _write_tile(kernel, plan, *readers)
+            _write_tile(kernel, plan, cpu, *readers)
         _write_empty(kernel, count)
     return kernel
 
 
 def _write_tile(
-    kernel: Kernel, plan: AttentionPlan, k_readers: Readers, v_readers: Readers
+    kernel: Kernel, plan: AttentionPlan, cpu: Cpu, k_readers: Readers, v_readers: Readers
 ) -> None:
     count, group = plan.group * TILE_QUERIES, plan.group
     widest = max(plan.k.page_tokens * plan.k.channels, plan.v.page_tokens * plan.v.channels)
     kernel.scratch("logits", count * row_stride(plan))
     kernel.scratch("tile_values", widest)
     kernel.note("scores")
-    _tiled(kernel, plan, "k", k_readers, write_raw_scores)
+    _tiled(kernel, plan, cpu, "k", k_readers, write_raw_scores)
     kernel.note("softmax")
     position = f'(p0 + T.truncdiv(T.Cast("int64", r), T.int64({group})))'
     see0 = "see0" if plan.window is None else f"T.max(see0, {position} - {plan.window - 1})"
@@ -156,11 +188,11 @@ def _write_tile(
     write_softmax(kernel, rows, see0, f"T.min(see1, {position} + 1)", plan.softcap, "part_base")
     kernel.note("values")
     _write_zero_outputs(kernel, plan, count)
-    _tiled(kernel, plan, "v", v_readers, write_raw_values)
+    _tiled(kernel, plan, cpu, "v", v_readers, write_raw_values)
 
 
 def _tiled(
-    kernel: Kernel, plan: AttentionPlan, role: str, readers: Readers, raw: RawWriter
+    kernel: Kernel, plan: AttentionPlan, cpu: Cpu, role: str, readers: Readers, raw: RawWriter
 ) -> None:
     """Walk a stream; every page is decoded once, then all rows read it as raw tokens."""
     stream = plan.k if role == "k" else plan.v
@@ -171,7 +203,15 @@ def _tiled(
             raw(kernel, rows, buffer, base, first, last)
 
     def on_page() -> None:
-        write_decode_page(kernel, readers)
+        if readers and readers[0].layout.kind == CHANNEL_QUADS:
+            write_key_tile(kernel, readers[0], cpu)
+            with kernel.block(f"for rb in T.serial({plan.group * TILE_QUERIES // BLOCK_ROWS})"):
+                write_tile_scores(kernel, readers[0], rows, cpu)
+            return
+        if readers and readers[0].layout.kind == TOKEN_QUADS:
+            write_value_tile(kernel, readers[0], cpu)
+        else:
+            write_decode_page(kernel, readers)
         kernel.let("tile_base", f"T.int64(0) - {role}_pos * {stream.channels}")
         first, last = f"{role}_pos + {role}_t0", f"{role}_pos + {role}_t1"
         on_raw("tile_values", "tile_base", first, last)
@@ -223,12 +263,13 @@ def _decode_token(kernel: Kernel, reader: PageReader) -> None:
 def _arguments(kernel: Kernel, plan: AttentionPlan, *, decode: bool) -> tuple[Readers, Readers]:
     """Declare the arrays of an attend kernel; return the readers of K's and V's pages."""
     kernel.array("query", "float32")
-    reader = readers_of(plan.k)[0]
-    if decode and uses_integers(plan, reader):
-        kernel.array("q_codes", chunk(reader)[1])
+    integers = integer_queries(plan)
+    if decode and integers is not None:
+        kernel.array("q_codes", integers)
         kernel.array("q_step", "float32")
     kernel.array("length_of", "int64")
-    readers = stream_arguments(kernel, plan.k), stream_arguments(kernel, plan.v)
+    k, v = layouts(plan)
+    readers = stream_arguments(kernel, plan.k, k), stream_arguments(kernel, plan.v, v)
     for name in ("part_out", "part_max", "part_sum"):
         kernel.array(name, "float32")
     return readers

@@ -1,42 +1,91 @@
-"""From text to a shared library: TVM makes an object file, the C compiler links it."""
+"""From text to machine code: TVM and LLVM make an object file, and the same as assembly."""
 
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..ir.errors import KvantError
 from .cpu_text import Kernel
+from .machines import Cpu
 from .source import Source
 
-# The only symbol of TVM that a library may need: it lives in tvm-ffi.
-ALLOWED = {"TVMFFIErrorSetRaisedFromCStrParts"}
+# Functions of libraries that LLVM calls where a processor lacks an instruction. Neither libc nor
+# tvm-ffi has them, so a library that needs one would not load.
+LIBRARY_CALLS = re.compile(
+    rb"\0_?((?:fma|exp2?|log2?|rint|nearbyint|round(?:even)?|floor|ceil|trunc|sqrt|pow|tanh|fmod)f?"
+    rb"|__\w+[hsdtx][fi]\d?)(?=\0)"
+)
+# TVM writes these two itself, for processors that cannot convert halves.
+WRITTEN = {"__extendhfsf2", "__truncsfhf2"}
 
 
-def object_file(source: Source[Kernel], isa: str) -> bytes:
-    """Compile the text to an object file."""
+@dataclass(frozen=True, slots=True)
+class Code:
+    """What LLVM made of kernels: an object file, and its assembly where that was asked for."""
+
+    object: bytes
+    assembly: str
+
+
+def compile_source(source: Source[Kernel], cpu: Cpu, *, with_assembly: bool = False) -> Code:
+    """Compile the text for a processor.
+
+    Args:
+        source: the text.
+        cpu: the processor.
+        with_assembly: whether to write assembly too; LLVM needs a fifth longer then.
+
+    Raises: KvantError "compiler-failed" if LLVM does not know the processor, made code for another
+        one, or code that calls a function which no library has.
+    """
     import tvm
     from tvm.script import from_source
     from tvm.script import tirx as script
     from tvm.tirx.build import tir_to_runtime
 
-    target = tvm.target.Target({"kind": "llvm", "mtriple": "x86_64-linux-gnu", "mcpu": isa})
+    target = tvm.target.Target({"kind": "llvm", "mtriple": cpu.triple, "mcpu": cpu.mcpu})
     known = tvm.get_global_func("target.llvm_get_cpu_archlist")(target)
     # NOTE: LLVM compiles for a generic processor, without an error, when it does not know the name.
-    if isa not in list(known):
-        raise _failed(f"LLVM does not know the processor {isa}")
+    if cpu.mcpu not in list(known):
+        raise failed(f"LLVM does not know the processor {cpu.mcpu}")
     functions = {
         kernel.name: from_source(kernel.source(), {"T": script}) for kernel in source.kernels
     }
     module = tir_to_runtime(_lower(tvm.IRModule(functions), target), {}, target)
+    made = _object(module)
+    _check(str(module.inspect_source("ll")), made, cpu)
+    return Code(made, str(module.inspect_source("asm")) if with_assembly else "")
+
+
+def assembly(source: Source[Kernel], cpu: Cpu) -> str:
+    """Return the assembly of all kernels, as LLVM writes it.
+
+    Raises: KvantError "compiler-failed".
+    """
+    return compile_source(source, cpu, with_assembly=True).assembly
+
+
+def _object(module: Any) -> bytes:
     with tempfile.TemporaryDirectory(prefix="kvant-") as folder:
         path = Path(folder) / "kernels.o"
         module.write_to_file(str(path), "o")
         return path.read_bytes()
+
+
+def _check(intermediate: str, made: bytes, cpu: Cpu) -> None:
+    """Refuse code for another processor, and code that calls what is in no library."""
+    told = set(re.findall(r'"target-cpu"="([^"]*)"', intermediate))
+    if told != {cpu.mcpu}:
+        raise failed(f"LLVM made code for {', '.join(sorted(told)) or 'any'}, not for {cpu.mcpu}")
+    foreign = {name.decode() for name in LIBRARY_CALLS.findall(made)} - WRITTEN
+    if foreign:
+        raise failed(
+            f"the code for {cpu.name} calls {', '.join(sorted(foreign))}, which is in no library"
+        )
 
 
 def _lower(module: Any, target: Any) -> Any:
@@ -70,38 +119,8 @@ def _lower(module: Any, target: Any) -> Any:
     return tvm.transform.Sequential(passes)(module)
 
 
-def link(compiled: bytes) -> bytes:
-    """Link an object file and the thread pool; the result depends on nothing but its inputs."""
-    cc = shutil.which("cc")
-    if cc is None:
-        raise KvantError(
-            "no-c-compiler",
-            "no C compiler `cc` was found",
-            where="target cpu",
-            fix="install gcc or clang; it links the kernels and builds the thread pool",
-        )
-    with tempfile.TemporaryDirectory(prefix="kvant-") as folder:
-        place = Path(folder)
-        (place / "kernels.o").write_bytes(compiled)
-        (place / "exports").write_text("{ global: __tvm_ffi_*; local: *; };\n")
-        shutil.copyfile(Path(__file__).with_name("pool.c"), place / "pool.c")
-        flags = ["-shared", "-fPIC", "-O2", "-s", "-pthread", "-g0", "-fno-ident"]
-        # nodelete: worker threads live in this code, so it must never be unloaded.
-        link = ["--build-id=none", "--version-script=exports", "-z,nodelete", "-z,relro", "-z,now"]
-        command = [cc, *flags, *(f"-Wl,{flag}" for flag in link), "-o", "kernels.so", "kernels.o"]
-        done = subprocess.run([*command, "pool.c"], cwd=place, capture_output=True, text=True)
-        if done.returncode:
-            raise _failed(done.stderr.strip()[-600:])
-        library = (place / "kernels.so").read_bytes()
-    foreign = {name.decode() for name in re.findall(rb"\x00(_*TVM\w+)(?=\x00)", library)} - ALLOWED
-    if foreign:
-        raise _failed(
-            f"the library needs {', '.join(sorted(foreign))}, which tvm-ffi does not have"
-        )
-    return library
-
-
-def _failed(what: str) -> KvantError:
+def failed(what: str) -> KvantError:
+    """Return the error of a compiler that did not do what it should."""
     return KvantError(
         "compiler-failed",
         what,

@@ -13,6 +13,7 @@ from math import gcd
 import numpy as np
 
 from ..ir.encodings import Bfp, Int, Raw, Sparse
+from ..ir.layouts import PageLayout
 from ..ir.plan import StreamPlan
 from ..ir.planes import ARRAYS, code_bits
 from .cpu_pages import PageReader, Readers, declare_pages, open_page, readers_of
@@ -23,42 +24,58 @@ F64 = "float64"
 LARGEST = number(LARGEST_F32)
 
 
-def encode(stream: StreamPlan) -> Kernel:
+def encode(stream: StreamPlan, layout: PageLayout) -> Kernel:
     """Return the kernel that encodes positions [begin, end) of each row, whole groups.
 
     `bad[b * H + h]` becomes 1 where a scale or value does not fit its stored type, else 0.
     """
-    kernel, role, heads = Kernel(f"encode_{stream.role}"), stream.role, stream.heads
-    readers = readers_of(stream)
-    for name in ("begin", "end", f"{role}_tail_first", f"{role}_table"):
+    kernel = Kernel(f"encode_{stream.role}")
+    encode_arguments(kernel, stream, layout, "begin", "end")
+    with kernel.block(f"for bh in T.parallel(batch * {stream.heads})"):
+        kernel.let("mark", "bh")
+        write_groups(kernel, stream, layout, "begin", "end")
+    return kernel
+
+
+def encode_arguments(
+    kernel: Kernel, stream: StreamPlan, layout: PageLayout, begin: str, end: str
+) -> None:
+    """Declare what encode takes: from where to where, the tail, the pages."""
+    role = stream.role
+    for name in (begin, end, f"{role}_tail_first", f"{role}_table"):
         kernel.array(name, "int64")
     kernel.array(f"{role}_tail", "float32")
-    declare_pages(kernel, readers)
+    declare_pages(kernel, readers_of(stream, layout))
     kernel.array("bad", "int64")
     for name in ("batch", f"{role}_capacity", f"{role}_max_pages"):
         kernel.scalar(name)
+
+
+def write_groups(
+    kernel: Kernel, stream: StreamPlan, layout: PageLayout, begin: str, end: str
+) -> None:
+    """Encode the positions of head bh; `bad[mark]` takes what is found."""
+    role, heads, readers = stream.role, stream.heads, readers_of(stream, layout)
     sink, size, width = stream.tokens.sink, stream.page_tokens, stream.channels
     group = stream.tokens.group_tokens
-    with kernel.block(f"for bh in T.parallel(batch * {heads})"):
-        kernel.let("b", f"T.truncdiv(bh, T.int64({heads}))")
-        kernel.let("h", f"T.truncmod(bh, T.int64({heads}))")
-        kernel.scratch("codes", group * width, "uint8")
-        entries = [reader.sparse.count for reader in readers if reader.sparse]
-        if entries:
-            kernel.scratch("cut", group * width)
-            kernel.scratch("outliers", group * max(entries), "int32")
-        kernel.scratch("limits", 16)
-        kernel.scratch("sizes", 8)
-        kernel.line("bad[bh] = T.int64(0)")
-        with kernel.block(f"for i in T.serial(T.truncdiv(end[b] - begin[b], T.int64({group})))"):
-            kernel.let("place", f"begin[b] + i * {group} - {sink}")
-            kernel.let("page", f"T.truncdiv(place, T.int64({size}))")
-            kernel.let("t", f"place - page * {size}")
-            open_page(kernel, readers, f"{role}_table[b * {role}_max_pages + page]")
-            slot = f"begin[b] + i * {group} - {role}_tail_first[b]"
-            kernel.let("source", f"(bh * {role}_capacity + {slot}) * {width}")
-            _write_slices(kernel, readers, group)
-    return kernel
+    kernel.let("b", f"T.truncdiv(bh, T.int64({heads}))")
+    kernel.let("h", f"T.truncmod(bh, T.int64({heads}))")
+    kernel.scratch("codes", group * width, "uint8")
+    entries = [reader.sparse.count for reader in readers if reader.sparse]
+    if entries:
+        kernel.scratch("cut", group * width)
+        kernel.scratch("outliers", group * max(entries), "int32")
+    kernel.scratch("limits", 16)
+    kernel.scratch("sizes", 8)
+    kernel.line("bad[mark] = T.int64(0)")
+    with kernel.block(f"for i in T.serial(T.truncdiv({end}[b] - {begin}[b], T.int64({group})))"):
+        kernel.let("place", f"{begin}[b] + i * {group} - {sink}")
+        kernel.let("page", f"T.truncdiv(place, T.int64({size}))")
+        kernel.let("t", f"place - page * {size}")
+        open_page(kernel, readers, f"{role}_table[b * {role}_max_pages + page]")
+        slot = f"{begin}[b] + i * {group} - {role}_tail_first[b]"
+        kernel.let("source", f"(bh * {role}_capacity + {slot}) * {width}")
+        _write_slices(kernel, readers, group)
 
 
 def _write_slices(kernel: Kernel, readers: Readers, group: int) -> None:
@@ -131,7 +148,7 @@ def _write_stored(
     size = pure("llvm.fabs", "float32", lanes, f"single_{name}")
     kernel.line(f"{at('sizes', '0', lanes)} = {size}")
     with kernel.block(f"for i in T.unroll({lanes})"):
-        kernel.line(f"bad[bh] = T.Select(sizes[i] <= {LARGEST}, bad[bh], T.int64(1))")
+        kernel.line(f"bad[mark] = T.Select(sizes[i] <= {LARGEST}, bad[mark], T.int64(1))")
     return f"single_{name}"
 
 

@@ -19,10 +19,12 @@ from math import gcd
 import numpy as np
 
 from ..ir.encodings import Bfp, Drop, Int, Raw, Sparse
-from ..ir.layouts import PageLayout, Part
+from ..ir.layouts import QUAD, ROWS, TILE, TOKEN_QUADS, PageLayout, Part
 from ..ir.plan import StreamPlan
 from ..ir.planes import code_bits
 from .cpu_text import Kernel, as_f32, at, bit_field, bits_as, cast, number, splat
+
+CODES = ("codes", "high")
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,12 +140,12 @@ class PageReader:
     def codes(self, t: str, byte: str, lanes: int, i: int) -> str:
         """Return `lanes` codes of plane i as bytes, of 4 or 8 bits."""
         raw = self._read("codes", t, byte, lanes)
-        bits = code_bits(self._coded())
+        bits = code_bits(self.coded())
         return raw if bits == 8 else bit_field(raw, f"{4 * i}", 4, lanes)
 
     def scale(self, row: str, column: str, lanes: int) -> str:
         """Return scales of neighbours in a row of the parameters, f32."""
-        fmt = self._coded()
+        fmt = self.coded()
         if isinstance(fmt, Int):
             return as_f32(self._read("scale", row, column, lanes), fmt.params, lanes)
         # The byte is the exponent field of an f32; 0 is zero and makes the whole block zero.
@@ -154,11 +156,19 @@ class PageReader:
 
     def zero(self, row: str, column: str, lanes: int, scale: str) -> str:
         """Return what is added to code * scale."""
-        fmt = self._coded()
+        fmt = self.coded()
         if isinstance(fmt, Bfp) or fmt.zero == "none":
             return f"({scale} * {number(-(2.0 ** (code_bits(fmt) - 1)), lanes)})"
         zero = as_f32(self._read("zero", row, column, lanes), fmt.params, lanes)
         return zero if fmt.zero == "float" else f"({zero} * ({number(-1.0, lanes)} * {scale}))"
+
+    def zero_by_scale(self, row: str, column: str, lanes: int, scale: str) -> str:
+        """Return the zero point in codes: what is added to a code before it is scaled."""
+        fmt = self.coded()
+        if isinstance(fmt, Bfp) or fmt.zero == "none":
+            return number(-(2.0 ** (code_bits(fmt) - 1)), lanes)
+        zero = as_f32(self._read("zero", row, column, lanes), fmt.params, lanes)
+        return f"({zero} / {scale})" if fmt.zero == "float" else f"({zero} * {number(-1.0, lanes)})"
 
     def write_entries(self, kernel: Kernel, first: str, last: str, add: Callable[[], None]) -> None:
         """Write what `add` writes for every entry of the tokens t of [first, last), if any.
@@ -181,7 +191,7 @@ class PageReader:
 
     def exact(self, t: str, c: str, code: str) -> str:
         """Return channel c of token t decoded from its code, f64; the product has no rounding."""
-        fmt = self._coded()
+        fmt = self.coded()
         row = f"T.truncdiv({t}, T.int64({fmt.group_tokens}))" if self.per_channel else t
         column = c if self.group == 1 else f"T.truncdiv({c}, T.int32({self.group}))"
         scale = cast("float64", self.scale(row, column, 1), 1)
@@ -195,26 +205,65 @@ class PageReader:
             else f"({code} * {scale} + {zero})"
         )
 
-    def _coded(self) -> Int | Bfp:
+    def coded(self) -> Int | Bfp:
+        """Return the format, which is not raw."""
         if isinstance(self.format, Raw):
             raise TypeError("a raw format has no codes")
         return self.format
 
     def place(self, name: str, row: str, column: str) -> str:
         """Return the index of an element of a field."""
-        return f"{self.begin(name)} + {row} * {self.part.field(name).shape[1]} + {column}"
+        rows, columns = self.part.field(name).shape
+        begin, kind = self.begin(name), self.layout.kind
+        if kind == ROWS or (name not in CODES and rows < self.layout.tokens):
+            return f"{begin} + {row} * {columns} + {column}"
+        if name not in CODES:
+            return f"{begin} + ({column}) * {rows} + {row}"
+        if kind == TOKEN_QUADS:
+            quad, inside = _split(row, QUAD)
+            return f"{begin} + ({quad} * {columns} + {column}) * {QUAD} + {inside}"
+        (tile, token), (quad, byte) = _split(row, TILE), _split(f"({column})", QUAD)
+        place = f"({tile} * {columns // QUAD} + {quad}) * {TILE} + {token}"
+        return f"{begin} + ({place}) * {QUAD} + {byte}"
+
+    def quads(self, name: str, row: str, column: str, lanes: int) -> str:
+        """Return the bytes of quads of `lanes` neighbours: of tokens (keys) or bytes (values)."""
+        return at(f"{self.role}_uint8", self.place(name, row, column), QUAD * lanes)
+
+    def plane_codes(self, i: int, bytes_of: Callable[[str, int], str], lanes: int) -> str:
+        """Return codes of plane i as bytes.
+
+        Args:
+            i: the plane.
+            bytes_of: (field, 0 or 1) -> bytes; 1 where the plane lies behind another one (3 bits).
+            lanes: bytes.
+        """
+        bits = code_bits(self.coded())
+        if bits == 8:
+            return bytes_of("codes", 0)
+        if bits != 3:
+            return bit_field(bytes_of("codes", 0), str(bits * i), bits, lanes)
+        low = bit_field(bytes_of("codes", i % 2), str(i // 2 * 2), 2, lanes)
+        high = bit_field(bytes_of("high", 0), str(i), 1, lanes)
+        shifted = f"T.shift_left({high}, {splat('T.uint8(2)', lanes)})"
+        return f"T.bitwise_or({low}, {shifted})"
 
     def _read(self, name: str, row: str, column: str, lanes: int) -> str:
         place = self.place(name, f"({row})", column)
         return at(f"{self.role}_{self.part.field(name).dtype}", place, lanes)
 
 
+def _split(value: str, size: int) -> tuple[str, str]:
+    """Return the quotient and the remainder of an index by a power of two."""
+    shift = size.bit_length() - 1
+    return f"T.shift_right({value}, {shift})", f"T.bitwise_and({value}, {size - 1})"
+
+
 Readers = tuple[PageReader, ...]
 
 
-def readers_of(stream: StreamPlan) -> Readers:
+def readers_of(stream: StreamPlan, layout: PageLayout) -> Readers:
     """Return the readers of a stream, in storage order; dropped channels have none."""
-    layout = stream.page_layout()
     return tuple(
         PageReader(layout, stream.role, part, part.format)
         for part in layout.parts

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from ..ir.plan import AttentionPlan
 from .cpu_maps import write_maps
-from .cpu_pages import readers_of
-from .cpu_scores_int import chunk, uses_integers
+from .cpu_quads import integer_queries
 from .cpu_text import Kernel, number, rint
 from .kernel_text import constant_arguments
 
@@ -18,12 +17,11 @@ def prepare(plan: AttentionPlan) -> Kernel:
     """
     kernel, width, group = Kernel("prepare"), plan.k.channels, plan.group
     heads, bits = plan.q_heads, plan.query_bits
-    reader = readers_of(plan.k)[0]
-    integers = uses_integers(plan, reader)
+    integers = integer_queries(plan)
     kernel.array("q", "float32")
     kernel.array("query", "float32")
     if integers:
-        kernel.array("q_codes", chunk(reader)[1])
+        kernel.array("q_codes", integers)
         kernel.array("q_step", "float32")
     constant_arguments(kernel, plan.q_maps)
     for name in ("batch", "queries", "rows"):
@@ -49,7 +47,9 @@ def prepare(plan: AttentionPlan) -> Kernel:
     return kernel
 
 
-def _write_rounding(kernel: Kernel, plan: AttentionPlan, y: str, bits: int, integers: bool) -> None:
+def _write_rounding(
+    kernel: Kernel, plan: AttentionPlan, y: str, bits: int, integers: str | None
+) -> None:
     width, scale = plan.k.channels, number(plan.scale, 1, "float64")
     kernel.line(f"step[0] = {number(0.0, 1, 'float64')}")
     with kernel.block(f"for c in T.serial({width})"):
@@ -61,7 +61,6 @@ def _write_rounding(kernel: Kernel, plan: AttentionPlan, y: str, bits: int, inte
         kernel.let("n", rint(f"{y}[c] / safe", 1, "float64"))
         kernel.line(f'query[row * {width} + c] = T.Cast("float32", n * s * {scale})')
         if integers:
-            reader = readers_of(plan.k)[0]
-            kernel.line(f'q_codes[row * {width} + c] = T.Cast("{chunk(reader)[1]}", n)')
+            kernel.line(f'q_codes[row * {width} + c] = T.Cast("{integers}", n)')
     if integers:
         kernel.line(f'q_step[row] = T.Cast("float32", s * {scale})')

@@ -1,104 +1,260 @@
-"""Scores of integer arithmetic: q as integers times codes, summed in integers.
+"""Scores of integer dot products, for keys in channel quads: a lane of a vector is a token.
 
-    s[r, t] = step_r sum_g s_g sum_c qi_c code_c + (sum q)_g z_g
+    scales of tokens     s[r, t] = a_r sum_g s_tg <n_r, code_t>_g + sum_g (sum q)_rg z_tg
+    scales of channels   s[r, t] = a_r <n_r, code_t> + a_r sum_c n_rc z_c / s_c, by token group
 
-4-bit codes meet int8 queries in vpmaddubsw (u8 x s8, pairs added in i16; at most 2 * 15 * 127 each,
-so eight results add up without overflow) and vpmaddwd; 8-bit codes meet int16 queries in vpmaddwd.
+n_r are the integers of query row r, a_r is their step: rounded once a step by `prepare`, or here,
+for each group of tokens, from q times the scales (`ir/integers.py`). A token past the end may be
+computed where that stays inside its page; the caller overwrites or masks what it gives.
 """
 
 from __future__ import annotations
 
-from ..ir.plan import AttentionPlan
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+
+from ..ir.integers import most_integer
+from ..ir.layouts import QUAD
+from ..ir.planes import code_bits
+from .cpu_dots import Add, Dots
 from .cpu_pages import PageReader
+from .cpu_quads import lanes_of
 from .cpu_rows import Rows
-from .cpu_scores import TOKENS, store_sums, write_group_sums, write_scales_of_tokens
-from .cpu_text import Kernel, at, cast, pure, splat
+from .cpu_text import Kernel, at, cast, fma, fold, number, pure, rint, splat
+from .machines import Cpu
 
-BYTE_PAIRS = "llvm.x86.avx2.pmadd.ub.sw"
-WORD_PAIRS = "llvm.x86.avx2.pmadd.wd"
-# Results of vpmaddubsw that fit one i16: 8 * 2 * 15 * 127 = 30,480.
-MOST_PAIRS = 8
-# Codes that one instruction takes, and the type of the integer queries, by bits of a code.
-CHUNK = {4: (32, "int8"), 8: (16, "int16")}
+# Codes 0, 1, 2, 3 of a quad of 16-bit integers lie in this order: even codes, odd codes.
+EVEN_ODD = (0, 2, 1, 3)
 
 
-def uses_integers(plan: AttentionPlan, reader: PageReader) -> bool:
-    """Return whether the integer instructions serve a plan; else rounded q goes the float path."""
-    if plan.query_bits is None:
-        return False
-    size = chunk(reader)[0]
-    return reader.plane % size == 0 and reader.group % size == 0
+@dataclass(frozen=True, slots=True)
+class KeyDots:
+    """What the scores of one stream of keys need.
+
+    Attributes:
+        reader: of the pages.
+        dots: of the machine.
+        rows: query rows of an item.
+    """
+
+    reader: PageReader
+    dots: Dots
+    rows: int
+
+    @property
+    def quads(self) -> int:
+        """Quads of a query."""
+        return self.reader.width // QUAD
+
+    def segments(self, group: int) -> list[tuple[tuple[int, ...], int, int]]:
+        """Return (planes, begin, end) of the quads of a group of channels, in quads of a plane."""
+        reader = self.reader
+        size = reader.width if reader.per_channel else reader.group
+        found: dict[tuple[int, int], list[int]] = {}
+        for i in range(reader.planes):
+            begin = max(group * size, i * reader.plane) - i * reader.plane
+            end = min((group + 1) * size, (i + 1) * reader.plane) - i * reader.plane
+            if begin < end:
+                found.setdefault((begin // QUAD, end // QUAD), []).append(i)
+        return [(tuple(planes), *place) for place, planes in found.items()]
 
 
-def chunk(reader: PageReader) -> tuple[int, str]:
-    """Return (codes of one instruction, type of the integer queries)."""
-    return CHUNK[2 * 4 // reader.planes]
+def key_dots(reader: PageReader, rows: int, cpu: Cpu) -> KeyDots:
+    """Return what the scores of a stream of keys need."""
+    return KeyDots(reader, Dots(cpu, code_bits(reader.coded()), lanes_of(cpu)), rows)
 
 
-def write_page_scores_int(kernel: Kernel, reader: PageReader, rows: Rows) -> None:
+def score_scratch_int(kernel: Kernel, keys: KeyDots) -> None:
+    """Declare what the scores of one item need; fill what holds for all of its pages."""
+    reader, rows, width = keys.reader, keys.rows, keys.reader.width
+    kernel.scratch("q_integers", rows * width, keys.dots.integers)
+    keys.dots.declare(kernel, "q_integers", rows * keys.quads)
+    if reader.per_channel:
+        kernel.scratch("q_scaled", rows * width)
+        kernel.scratch("q_steps", rows)
+        kernel.scratch("q_zeros", rows)
+        return
+    with kernel.block(f"for i in T.serial(T.int64({rows * keys.quads}))"):
+        for place in range(QUAD):
+            source = EVEN_ODD[place] if keys.dots.wide_codes else place
+            code = f"q_codes[row_base * {width} + i * {QUAD} + {source}]"
+            kernel.line(f"q_integers[i * {QUAD} + {place}] = {code}")
+    keys.dots.write_layout(kernel, "q_integers", "T.int64(0)", rows * keys.quads)
+    kernel.scratch("q_sums", rows * reader.groups)
+    lanes = min(8, reader.group)
+    kernel.scratch("sum", lanes)
+    with kernel.block(f"for i in T.serial(T.int64({rows * reader.groups}))"):
+        kernel.line(f"{at('sum', '0', lanes)} = {number(0.0, lanes)}")
+        with kernel.block(f"for j in T.serial(T.int64({reader.group // lanes}))"):
+            part = at("query", f"q_base + i * {reader.group} + j * {lanes}", lanes)
+            kernel.line(f"{at('sum', '0', lanes)} = {at('sum', '0', lanes)} + {part}")
+        fold(kernel, "sum", lanes, "({} + {})")
+        kernel.line("q_sums[i] = sum[0]")
+
+
+def write_page_scores_int(kernel: Kernel, keys: KeyDots, rows: Rows) -> None:
     """Write the scores of the present page for a block of rows."""
-    tokens = TOKENS.get(rows.count, 1)
-    with kernel.block(f"for step in T.serial(T.truncdiv(k_t1 + {tokens - 1}, T.int64({tokens})))"):
-        kernel.let("t", f"step * {tokens}")
-        if reader.groups == 1:
-            kernel.scratch("acc", rows.count * tokens * 8)
-            with kernel.block(f"for s in T.unroll({tokens})"):
-                _write_codes(kernel, reader, 0, "s")
-                for r in range(rows.count):
-                    total = _dot(reader, rows, 0, r)
-                    kernel.line(f"{at('acc', f'({r} * {tokens} + s) * 8', 8)} = {total}")
-            store_sums(kernel, rows, tokens, 8, "k_pos + t")
-        else:
-            write_group_sums(
-                kernel, reader, rows, tokens, lambda g, s: _group(kernel, reader, rows, g, s)
-            )
-            store_sums(kernel, rows, tokens, 8, "k_pos + t")
-    if reader.groups == 1:
-        write_scales_of_tokens(
-            kernel, reader, rows, lambda r: f"q_step[row_base + {rows.first} + {r}]"
-        )
+    reader, lanes = keys.reader, keys.dots.lanes
+    tokens = reader.format.group_tokens if reader.per_channel else reader.layout.tokens
+    side = next(
+        s
+        for s in (4, 2, 1)
+        if s * rows.count <= max(keys.dots.most_sums, rows.count) and tokens % (s * lanes) == 0
+    )
+    if not reader.per_channel:
+        with kernel.block(f"for v in T.serial({_steps('k_t1', side * lanes)})"):
+            kernel.let("t", f"v * {side * lanes}")
+            keys.dots.declare_sums(kernel, rows.count * side)
+            for group in range(reader.groups):
+                _write_dots(kernel, keys, rows, group, side)
+                _write_token_scales(kernel, keys, rows, group, side)
+        return
+    with kernel.block(f"for g in T.serial({_steps('k_t1', tokens)})"):
+        _write_rounding(kernel, keys, rows)
+        last = f"T.min(k_t1 - g * {tokens}, T.int64({tokens}))"
+        with kernel.block(f"for v in T.serial({_steps(last, side * lanes)})"):
+            kernel.let("t", f"g * {tokens} + v * {side * lanes}")
+            keys.dots.declare_sums(kernel, rows.count * side)
+            _write_dots(kernel, keys, rows, 0, side)
+            for r, j in _each(rows, side):
+                step, zero = (
+                    splat(f"{name}[{rows.first} + {r}]", lanes) for name in ("q_steps", "q_zeros")
+                )
+                value = fma(_sum(keys, r * side + j), step, zero)
+                kernel.line(f"{_logits(rows, r, j, lanes)} = {value}")
 
 
-def _group(kernel: Kernel, reader: PageReader, rows: Rows, g: int, s: str) -> None:
-    """Write `part`, the scaled dot of group g with token t + s, for every row."""
-    _write_codes(kernel, reader, g, s)
-    for r in range(rows.count):
-        step = splat(f"q_step[row_base + {rows.first} + {r}]", 8)
-        kernel.line(f"{at('part', str(r * 8), 8)} = {_dot(reader, rows, g, r)} * {step}")
+def _steps(count: str, size: int) -> str:
+    return f"T.truncdiv({count} + {size - 1}, T.int64({size}))"
 
 
-def _channels(reader: PageReader, g: int) -> range:
-    """Return the first channel of each chunk of group g."""
-    return range(g * reader.group, (g + 1) * reader.group, chunk(reader)[0])
+def _each(rows: Rows, side: int) -> list[tuple[int, int]]:
+    return [(r, j) for r in range(rows.count) for j in range(side)]
 
 
-def _write_codes(kernel: Kernel, reader: PageReader, g: int, s: str) -> None:
-    """Bind the codes of group g of token t + s, chunk by chunk."""
-    size = chunk(reader)[0]
-    for i, channel in enumerate(_channels(reader, g)):
-        plane, place = divmod(channel, reader.plane)
-        codes = reader.codes(f"t + {s}", str(place), size, plane)
-        kernel.let(f"c{g}_{i}", codes if size == 32 else cast("int16", codes, size))
+def _sum(keys: KeyDots, i: int) -> str:
+    lanes = keys.dots.lanes
+    return cast("float32", at("acc", str(i * lanes), lanes), lanes)
 
 
-def _dot(reader: PageReader, rows: Rows, g: int, r: int) -> str:
-    """Return the dot of the bound codes with row r, f32 in eight lanes."""
-    size, dtype = chunk(reader)
-    products = [
-        _product(dtype, f"c{g}_{i}", at("q_codes", rows.query(str(r), str(channel)), size))
-        for i, channel in enumerate(_channels(reader, g))
-    ]
-    if size == 16:
-        return cast("float32", f"({' + '.join(products)})", 8)
-    ones = splat("T.int16(1)", 16)
-    words = [
-        pure(WORD_PAIRS, "int32", 8, f"({' + '.join(products[i : i + MOST_PAIRS])})", ones)
-        for i in range(0, len(products), MOST_PAIRS)
-    ]
-    return cast("float32", f"({' + '.join(words)})", 8)
+def _logits(rows: Rows, r: int, j: int, lanes: int) -> str:
+    return at("logits", rows.logit(str(r), f"k_pos + t + {j * lanes}"), lanes)
 
 
-def _product(dtype: str, codes: str, query: str) -> str:
-    if dtype == "int16":
-        return pure(WORD_PAIRS, "int32", 8, codes, query)
-    return pure(BYTE_PAIRS, "int16", 16, codes, query)
+def _write_dots(kernel: Kernel, keys: KeyDots, rows: Rows, group: int, side: int) -> None:
+    """Write acc[r * side + j], the dots of row r with the tokens t + j lanes on, over a group."""
+    keys.dots.write_zeros(kernel, rows.count * side)
+    for planes, begin, end in keys.segments(group):
+
+        def step(s: str, add: Add, planes: tuple[int, ...] = planes, begin: int = begin) -> None:
+            for j in range(side):
+                place = f"(t + {j * keys.dots.lanes})", f"({begin} + {s}) * {QUAD}"
+                bytes_of = write_quads(kernel, keys.reader, *place, keys.dots.lanes)
+                for i in planes:
+                    quad = f"{i * keys.reader.plane // QUAD + begin} + {s}"
+                    operands = write_plane(kernel, keys.reader, bytes_of, i, keys.dots)
+                    _write_products(keys, rows, operands, quad, partial(_at, add, side, j))
+
+        keys.dots.write_sums(kernel, rows.count * side, end - begin, len(planes), step)
+
+
+def _at(add: Add, side: int, j: int, r: int, codes: str, word: str) -> None:
+    """Add to the sum of row r and vector j."""
+    add(r * side + j, codes, word)
+
+
+def _write_products(keys: KeyDots, rows: Rows, operands: list[str], quad: str, add: Add) -> None:
+    """Add the products of operands with a quad of each row to its sum."""
+    dots = keys.dots
+    for half, operand in enumerate(operands):
+        for r in range(rows.count):
+            place = f"(({rows.first} + {r}) * {keys.quads} + {quad}) * {dots.words} + {half}"
+            add(r, operand, dots.word("q_integers", place))
+
+
+def write_quads(
+    kernel: Kernel, reader: PageReader, row: str, column: str, lanes: int
+) -> Mapping[tuple[str, int], str]:
+    """Bind the quads of all planes at a place; return their names, see `PageReader.plane_codes`."""
+    ahead = f"{reader.place('codes', row, column)} + {reader.role}_ahead"
+    kernel.prefetch(f"{reader.role}_uint8", ahead)
+    names = {("codes", 0): kernel.fresh("bytes", reader.quads("codes", row, column, lanes))}
+    if reader.planes == 8:
+        behind = reader.quads("codes", row, f"{column} + {reader.plane}", lanes)
+        names["codes", 1] = kernel.fresh("bytes", behind)
+        names["high", 0] = kernel.fresh("high", reader.quads("high", row, column, lanes))
+    return names
+
+
+def write_plane(
+    kernel: Kernel, reader: PageReader, bytes_of: Mapping[tuple[str, int], str], i: int, dots: Dots
+) -> list[str]:
+    """Bind the codes of plane i of the bound quads; return what to multiply, by word."""
+    lanes = QUAD * dots.lanes
+    codes = kernel.fresh("codes", reader.plane_codes(i, lambda *x: bytes_of[x], lanes))
+    return [kernel.fresh("half", operand) for operand in dots.operands(codes)]
+
+
+def _write_token_scales(kernel: Kernel, keys: KeyDots, rows: Rows, group: int, side: int) -> None:
+    """Turn the dots of a group into scores: times step and scale, and the zero points."""
+    reader, lanes = keys.reader, keys.dots.lanes
+    for j in range(side):
+        at_token = f"(t + {j * lanes})", str(group), lanes
+        scale = kernel.fresh("scale", reader.scale(*at_token))
+        zero = kernel.fresh("zero", reader.zero(*at_token, scale))
+        for r in range(rows.count):
+            row = f"({rows.first} + {r})"
+            step = splat(f"q_step[row_base + {row}]", lanes)
+            shift = f"{splat(f'q_sums[{row} * {reader.groups} + {group}]', lanes)} * {zero}"
+            value = fma(f"{_sum(keys, r * side + j)} * {step}", scale, shift)
+            target = _logits(rows, r, j, lanes)
+            kernel.line(f"{target} = {value}" if group == 0 else f"{target} = {target} + {value}")
+
+
+def _write_rounding(kernel: Kernel, keys: KeyDots, rows: Rows) -> None:
+    """Fill the integers of q times the scales of token group g, their steps and zero points."""
+    reader, width, lanes = keys.reader, keys.reader.width, min(keys.dots.lanes, keys.reader.width)
+    lanes = next(n for n in (lanes, lanes // 2, lanes // 4, 1) if width % n == 0)
+    most = most_integer(keys.dots.bits)
+    kernel.scratch("most", lanes)
+    with kernel.block(f"for r in T.serial({rows.first}, {rows.first} + {rows.count})"):
+        kernel.line(f"{at('most', '0', lanes)} = {number(0.0, lanes)}")
+        with kernel.block(f"for j in T.unroll({width // lanes})"):
+            kernel.let("scale", reader.scale("g", f"j * {lanes}", lanes))
+            kernel.let("u", f"{at('query', f'q_base + r * {width} + j * {lanes}', lanes)} * scale")
+            kernel.line(f"{at('q_scaled', f'r * {width} + j * {lanes}', lanes)} = u")
+            size = pure("llvm.fabs", "float32", lanes, "u")
+            kernel.line(f"{at('most', '0', lanes)} = T.max({at('most', '0', lanes)}, {size})")
+        fold(kernel, "most", lanes, "T.max({}, {})")
+        kernel.let("largest", "most[0]")
+        safe = f"T.Select(largest > {number(0.0)}, largest, {number(1.0)})"
+        kernel.let("inverse", f"{number(float(most))} / {safe}")
+        kernel.line(f"q_steps[r] = largest / {number(float(most))}")
+        kernel.line(f"{at('most', '0', lanes)} = {number(0.0, lanes)}")
+        with kernel.block(f"for j in T.unroll({width // lanes})"):
+            kernel.let("scale", reader.scale("g", f"j * {lanes}", lanes))
+            u = at("q_scaled", f"r * {width} + j * {lanes}", lanes)
+            kernel.let("n", rint(f"{u} * {splat('inverse', lanes)}", lanes))
+            ratio = reader.zero_by_scale("g", f"j * {lanes}", lanes, "scale")
+            kernel.line(f"{at('most', '0', lanes)} = {fma('n', ratio, at('most', '0', lanes))}")
+            _write_integers(kernel, keys, "n", f"r * {width} + j * {lanes}", lanes)
+        fold(kernel, "most", lanes, "({} + {})")
+        kernel.line("q_zeros[r] = most[0] * q_steps[r]")
+    keys.dots.write_layout(
+        kernel, "q_integers", f"{rows.first} * {keys.quads}", rows.count * keys.quads
+    )
+
+
+def _write_integers(kernel: Kernel, keys: KeyDots, value: str, place: str, lanes: int) -> None:
+    """Store whole numbers as integers; of 16 bits in the order of EVEN_ODD."""
+    dtype = keys.dots.integers
+    whole = cast(dtype, cast("int32", value, lanes), lanes)
+    if not keys.dots.wide_codes:
+        kernel.line(f"{at('q_integers', place, lanes)} = {whole}")
+        return
+    kernel.scratch("row", lanes, dtype)
+    kernel.line(f"{at('row', '0', lanes)} = {whole}")
+    for i in range(lanes):
+        target = i // QUAD * QUAD + EVEN_ODD.index(i % QUAD)
+        kernel.line(f"q_integers[{place} + {target}] = row[{i}]")

@@ -38,6 +38,12 @@ class Kernel(KernelText):
         self.line(f'{name} = T.alloc_buffer(({count},), "{dtype}", scope="global")')
         return name
 
+    def prefetch(self, buffer: str, index: str) -> None:
+        """Ask for the cache line of an element that is read soon; any index is harmless."""
+        address = f"T.address_of({buffer}[{index}])"
+        how = "T.int32(0), T.int32(3), T.int32(1)"  # to read, into all levels, data
+        self.line(f'T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch.p0", {address}, {how}))')
+
     def source(self) -> str:
         """Return the whole function.
 
@@ -96,13 +102,22 @@ def pure(intrinsic: str, dtype: str, lanes: int, *arguments: str) -> str:
 
 
 def fma(a: str, b: str, c: str) -> str:
-    """Return a b + c, rounded once."""
+    """Return a b + c, rounded once where the processor has such an instruction, else twice."""
     return f"T.fma({a}, {b}, {c})"
 
 
 def rint(value: str, lanes: int, dtype: str = "float32") -> str:
     """Return the nearest integer, ties to even."""
     return pure("llvm.rint", dtype, lanes, value)
+
+
+def fold(kernel: Kernel, name: str, lanes: int, combine: str) -> None:
+    """Write the lanes of a buffer combined, a power of two of them, to its first one."""
+    half = lanes // 2
+    while half:
+        low, high = at(name, "0", half), at(name, str(half), half)
+        kernel.line(f"{low} = {combine.format(low, high)}")
+        half //= 2
 
 
 def horizontal(kernel: Kernel, accumulators: list[tuple[str, str]], lanes: int, out: str) -> None:
@@ -118,11 +133,20 @@ def horizontal(kernel: Kernel, accumulators: list[tuple[str, str]], lanes: int, 
     for first in range(0, len(accumulators), 4):
         four = (accumulators[first : first + 4] + [accumulators[-1]] * 4)[:4]
         a, b, c, d = (at(buffer, index, 8) for buffer, index in four)
-        hadd = "llvm.x86.avx.hadd.ps.256"
-        pairs = (pure(hadd, "float32", 8, a, b), pure(hadd, "float32", 8, c, d))
-        kernel.let(f"sums{first}", pure(hadd, "float32", 8, *pairs))
+        pairs = [kernel.fresh("pairs", _pair_sums(*two)) for two in ((a, b), (c, d))]
+        kernel.let(f"sums{first}", _pair_sums(*pairs))
         low, high = (f'T.vector{side}("float32x4", sums{first})' for side in ("low", "high"))
         kernel.line(f"{at(out, str(first), 4)} = {low} + {high}")
+
+
+def _pair_sums(a: str, b: str) -> str:
+    """Return the sums of neighbours of eight lanes of a and b: of a, b, a, b, two of each.
+
+    LLVM makes one instruction of it where there is one: vhaddps, two haddps or faddp.
+    """
+    even = (0, 2, 8, 10, 4, 6, 12, 14)
+    sides = (f"T.Shuffle([{a}, {b}], {[i + odd for i in even]})" for odd in (0, 1))
+    return f"({' + '.join(sides)})"
 
 
 def as_f32(stored: str, dtype: str, lanes: int) -> str:

@@ -23,6 +23,9 @@ KERNELS = {
     "combine": "merge the splits",
 }
 
+# On the host, where a call takes longer than storing a token, one more does the work of four.
+HOST_KERNELS = {"step": "append few new keys and values, and encode what is due, in one call"}
+
 
 @dataclass(slots=True)
 class KernelText:
@@ -85,14 +88,15 @@ def kernels_text(head: str, sources: Mapping[str, str]) -> str:
         head: the first lines.
         sources: text of each kernel by its name.
     """
-    parts = [f"\n\n# {name}: {KERNELS[name]}\n{source}" for name, source in sources.items()]
+    about = KERNELS | HOST_KERNELS
+    parts = [f"\n\n# {name}: {about[name]}\n{source}" for name, source in sources.items()]
     return head + "".join(parts)
 
 
-def append_arguments(kernel: KernelText, stream: StreamPlan) -> None:
+def append_arguments(kernel: KernelText, stream: StreamPlan, x: str = "x") -> None:
     """Declare what append takes: new tokens, where they go, the constants of the maps."""
     role = stream.role
-    kernel.array("x", "float32")
+    kernel.array(x, "float32")
     for name in ("first", "count", f"{role}_length"):
         kernel.array(name, "int64")
     if stream.tokens.sink:

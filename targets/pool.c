@@ -30,10 +30,11 @@ typedef struct {
 
 typedef int (*part_fn)(int part, group_env *env, void *data);
 
-/* Weak: a library whose kernels need no scratch has no pointer for it. */
-extern void *__TVMBackendParallelLaunch __attribute__((weak));
-extern void *__TVMBackendAllocWorkspace __attribute__((weak));
-extern void *__TVMBackendFreeWorkspace __attribute__((weak));
+/* Weak: a library whose kernels need no scratch has no pointer for it, and looks for none outside. */
+#define WEAK __attribute__((weak, visibility("hidden")))
+extern void *__TVMBackendParallelLaunch WEAK;
+extern void *__TVMBackendAllocWorkspace WEAK;
+extern void *__TVMBackendFreeWorkspace WEAK;
 
 static struct {
   pthread_mutex_t busy;  /* held by the thread whose loop runs */
@@ -75,6 +76,8 @@ static void take_parts(void) {
 static void pause_briefly(void) {
 #if defined(__x86_64__)
   __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  __asm__ volatile("yield");
 #endif
 }
 

@@ -313,7 +313,7 @@ BAD: dict[str, Callable[[Box], object]] = {
         kvant.Shape(4, 2, 80), "quarot-kv4"
     ),
     "unsupported head size of the cpu": lambda box: box.compile(
-        kvant.Shape(4, 2, 63), targets=["cpu"]
+        kvant.Shape(4, 2, 63), targets=["cpu:x86-64-v3"]
     ),
     "unknown target": lambda box: box.compile(targets=["gpu"]),
     "unknown target of an artifact": lambda box: load(box.cpu_artifact, target="cuda"),

@@ -336,7 +336,7 @@ def artifacts(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> t
     shape, model, cpu = (folder / name for name in ("shape", "model", "cpu"))
     kvant.compile(SHAPE, "int4-token", ["reference"], out=shape)
     kvant.compile(model_folder, folder / "mine.toml", ["reference"], out=model)
-    kvant.compile(kvant.Shape(2, 1, 16), "int4-token", ["cpu"], out=cpu)
+    kvant.compile(kvant.Shape(2, 1, 16), "int4-token", ["cpu:x86-64-v3"], out=cpu)
     return shape, model, cpu
 
 

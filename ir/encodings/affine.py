@@ -121,7 +121,9 @@ class Int:
             codes = np.rint((grouped - zero[..., :, None, :, None]) / wide)
             return self._codes(codes, x), stored_scale, stored_zero
         if self.zero == "int":
-            stored_zero, zero = self._store(np.clip(np.rint(-low / scale), 0.0, steps), "zero")
+            # Adding 0 makes 0 of -0.
+            places = np.clip(np.rint(-low / scale), 0.0, steps) + 0.0
+            stored_zero, zero = self._store(places, "zero")
             codes = np.rint(grouped / wide) + zero[..., :, None, :, None]
             return self._codes(codes, x), stored_scale, stored_zero
         codes = np.clip(np.rint(grouped / wide), -steps, steps) + 2.0 ** (self.bits - 1)
@@ -153,6 +155,10 @@ class Int:
         zero = from_stored(fields["zero"], self.params)[..., :, None, :, None]
         values = grouped * scale + zero if self.zero == "float" else (grouped - zero) * scale
         return values.reshape(codes.shape)
+
+    def scales(self, fields: Mapping[str, Array]) -> Array:
+        """Return the scales in float64, [..., T / gt, C / gc]."""
+        return from_stored(fields["scale"], self.params)
 
     def roundtrip(self, x: Array) -> Array:
         """Return what reading gives after storing x."""

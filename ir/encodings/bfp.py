@@ -80,6 +80,12 @@ class Bfp:
         values = np.ldexp(m, shift[..., None])
         return np.where((stored == 0)[..., None], 0.0, values).reshape(codes.shape)
 
+    def scales(self, fields: Mapping[str, Array]) -> Array:
+        """Return the steps in float64, [..., T, C / block]; 0 of a block of zeros."""
+        stored = fields["exponent"]
+        step = np.ldexp(1.0, stored.astype(np.int32) - BIAS - (self.mantissa - 2))
+        return np.where(stored == 0, 0.0, step)
+
     def roundtrip(self, x: Array) -> Array:
         """Return what reading gives after storing x."""
         return self.decode(self.encode(x))

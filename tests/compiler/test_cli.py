@@ -43,7 +43,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, make_model: Any) -> Path:
 @pytest.fixture(scope="session")
 def artifact(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Path:
     out = tmp_path_factory.mktemp("cli") / "tiny.kvant"
-    kvant.compile(str(tiny), "int8-token", ["cpu", "reference"], out=out)
+    kvant.compile(str(tiny), "int8-token", ["cpu:x86-64-v3", "reference"], out=out)
     return out
 
 

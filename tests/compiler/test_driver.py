@@ -14,8 +14,9 @@ from kvant.compiler.shape import Shape, shape_model
 from kvant.compiler.variants import rewrite
 from kvant.ir.errors import KvantError
 from kvant.runtime.verify import verify
+from kvant.targets.cpu import this_cpu
 
-from .driver_cases import SHAPE, mine, refusal
+from .driver_cases import INT4, SHAPE, mine, refusal
 
 
 @pytest.mark.parametrize("stage", ["capture", "rewrite", "constants", "kernels", "write"])
@@ -36,7 +37,7 @@ def test_ctrl_c_while_kernels_are_linked(empty: Path, monkeypatch: pytest.Monkey
         assert sorted(p.name for p in Path(cwd).iterdir()) == ["exports", "kernels.o", "pool.c"]
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("kvant.targets.cpu_compile.subprocess.run", interrupted)
+    monkeypatch.setattr("kvant.targets.cpu_link.subprocess.run", interrupted)
     with pytest.raises(KeyboardInterrupt):
         kvant.compile(Shape(2, 1, 16), "int4-token", ["cpu"], out=empty / "a")
     assert list(empty.iterdir()) == []
@@ -48,7 +49,7 @@ def test_the_same_inputs_give_the_same_id(empty: Path, make_model: Any) -> None:
         model = make_model("llama", seed=3, head_dim=16, num_attention_heads=4)
         art = kvant.compile(model, "quarot-kv4", ["reference", "cpu"], out=empty / name)
         ids.append(art.id)
-        assert sorted(art.manifest["targets"]) == ["cpu-x86-64-v3", "reference"]
+        assert sorted(art.manifest["targets"]) == [f"cpu-{this_cpu().name}", "reference"]
     assert ids[0] == ids[1]
     files = [sorted(p.relative_to(empty / n) for p in (empty / n).rglob("*")) for n in "ab"]
     assert files[0] == files[1]
@@ -80,10 +81,8 @@ def test_other_inputs_give_another_id(empty: Path) -> None:
 
 
 def test_a_target_named_twice_is_built_once() -> None:
-    assert list(driver.resolve_targets(["cpu", "cpu:x86-64-v3", "reference"])) == [
-        "cpu:x86-64-v3",
-        "reference",
-    ]
+    here = f"cpu:{this_cpu().name}"
+    assert list(driver.resolve_targets(["cpu", here, "reference"])) == [here, "reference"]
 
 
 def test_an_artifact_for_another_machine_is_loaded_for_the_reference(
@@ -136,7 +135,7 @@ def test_dump_of_kernels(empty: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KVANT_DUMP_KERNELS", str(empty / "k"))
     art = kvant.compile(Shape(2, 1, 16), "int4-token", ["cpu", "reference"], out=empty / "a")
     found = sorted(str(p.relative_to(empty / "k")) for p in (empty / "k").rglob("*") if p.is_file())
-    cpu = "cpu-x86-64-v3/p0"
+    cpu = f"cpu-{this_cpu().name}/p0"
     assert found == [
         f"{cpu}/binary/kernels.py",
         f"{cpu}/binary/kernels.so",
@@ -198,10 +197,11 @@ def test_no_trace_unless_asked(empty: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_layers_of_a_rule_share_a_graph_and_the_others_another() -> None:
-    rule = [{"layers": "0, -1", "k": {"format": "bf16"}}]
+    raw = {"format": "bf16"}
+    rule = [{"layers": "0, -1", "k": raw, "v": INT4 | {"sparse": {"count": 1}}}]
     variants = rewrite(shape_model(SHAPE), mine(compute="int", rule=rule))
     assert [[layer.index for layer in v.layers] for v in variants] == [[0, 2], [1]]
-    # Raw keys have no integer products: those layers compute in float, the other one does not.
+    # Raw keys and sparse values have no integer products: those layers compute in float.
     assert [v.plan.compute for v in variants] == ["float", "int"]
 
 

@@ -1,6 +1,7 @@
 """Page bytes: vectors by hand, round trips of every format, partial writes, refusals."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,14 @@ from hypothesis import strategies as st
 
 from kvant.ir.encodings import Bfp, Int, Raw
 from kvant.ir.errors import KvantError
-from kvant.ir.layouts import PageLayout, page_tokens
+from kvant.ir.layouts import (
+    CHANNEL_QUADS,
+    KINDS,
+    TOKEN_QUADS,
+    PageLayout,
+    holds,
+    page_tokens,
+)
 from kvant.ir.planes import pack_plane, unpack_plane
 
 
@@ -146,9 +154,31 @@ def test_a_plane_gives_back_its_codes(bits, width, seed):
     assert np.array_equal(unpack_plane(packed, bits), codes)
 
 
+def test_channel_quads_hold_four_bytes_of_a_token_then_of_the_next():
+    layout = PageLayout(32, 1, 16, Int(4, "token", 8), kind=CHANNEL_QUADS)
+    codes = np.arange(32 * 16, dtype=np.uint8).reshape(1, 32, 16) % 16
+    codes[0, 17, :8] = [1, 2, 3, 4, 5, 6, 7, 8]
+    codes[0, 17, 8:] = 0
+    scale = np.arange(64, dtype=np.float16).reshape(1, 32, 2)
+    page = layout.pack({"codes": codes, "scale": scale, "zero": scale})
+    # Tile 1 begins at 16 tokens of 8 bytes; quad 1 of a tile at 16 tokens of 4 bytes.
+    assert page[128 + 4 : 128 + 8].tolist() == [1, 2, 3, 4]
+    assert page[128 + 64 + 4 : 128 + 64 + 8].tolist() == [5, 6, 7, 8]
+    stored = page[256 : 256 + 128].view(np.float16)
+    assert stored.tolist() == [*range(0, 64, 2), *range(1, 64, 2)]
+
+
+def test_token_quads_hold_one_byte_of_four_tokens_then_the_next():
+    layout = PageLayout(16, 1, 2, Int(8, "channel", 16), kind=TOKEN_QUADS)
+    codes = np.arange(32, dtype=np.uint8).reshape(1, 16, 2)
+    scale = np.ones((1, 1, 2), np.float16)
+    page = layout.pack({"codes": codes, "scale": scale, "zero": scale})
+    assert page[:16].tolist() == [0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15]
+
+
 @st.composite
 def layouts(draw):
-    """Every width of code x axis x group x odd multiples of what packs."""
+    """Every width of code x axis x group x odd multiples of what packs, in every arrangement."""
     kind = draw(st.sampled_from(["int", "bfp", "raw"]))
     bits = draw(st.sampled_from([2, 3, 4, 8]))
     unit = {2: 4, 3: 8, 4: 2, 8: 1}[bits]
@@ -164,7 +194,10 @@ def layouts(draw):
     group = fmt.block if isinstance(fmt, Bfp) else getattr(fmt, "group_channels", 1)
     channels = int(np.lcm(unit, group)) * draw(st.integers(1, 3))
     tokens = fmt.group_tokens * draw(st.integers(1, 5))
-    return PageLayout(tokens, draw(st.integers(1, 3)), channels, fmt)
+    if draw(st.booleans()):
+        tokens, channels = tokens * 16, channels * 4
+    kinds = [kind for kind in KINDS if holds(kind, fmt, tokens, channels)]
+    return PageLayout(tokens, draw(st.integers(1, 3)), channels, fmt, draw(st.sampled_from(kinds)))
 
 
 @settings(max_examples=300, deadline=None)
@@ -194,6 +227,18 @@ def test_a_partial_write_changes_its_tokens_alone(layout, data):
     assert same_bits(layout.unpack(page), old)
     if count:
         assert same_bits(layout.read(page, first, count), part)
+
+
+@settings(max_examples=100, deadline=None)
+@given(layouts(), st.sampled_from(KINDS))
+def test_an_arrangement_holds_the_same_fields(layout, kind):
+    if not holds(kind, layout.format, layout.tokens, layout.channels):
+        return
+    fields = fields_of(layout, np.random.default_rng(0))
+    page = layout.pack(fields)
+    moved = layout.arranged(page, kind)
+    assert same_bits(replace(layout, kind=kind).unpack(moved), fields)
+    assert np.array_equal(replace(layout, kind=kind).arranged(moved, layout.kind), page)
 
 
 def test_padding_is_zero_and_is_never_read():
@@ -270,6 +315,11 @@ def test_channels_that_do_not_fill_bytes_are_refused(bits, channels):
         (lambda: PageLayout(64, 1, 64, Int(4, "token", 48)), "group-does-not-divide"),
         (lambda: PageLayout(64, 1, 64, Int(4, "channel", 48)), "group-does-not-divide"),
         (lambda: PageLayout(64, 1, 64, Raw("f32"), kind="columns"), "unknown-layout"),
+        (lambda: PageLayout(64, 1, 64, Raw("f32"), kind=TOKEN_QUADS), "unknown-layout"),
+        (lambda: PageLayout(60, 1, 64, Int(4, "token", 32), kind=TOKEN_QUADS), "unknown-layout"),
+        (lambda: PageLayout(64, 1, 4, Int(4, "token", 2), kind=CHANNEL_QUADS), "unknown-layout"),
+        (lambda: PageLayout(48, 1, 8, Int(4, "channel", 24), kind=CHANNEL_QUADS), "unknown-layout"),
+        (lambda: PageLayout(64, 1, 64, Int(4, "channel", 1), kind=TOKEN_QUADS), "unknown-layout"),
         (lambda: PageLayout(0, 1, 64, Raw("f32")), "bad-encoding"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -368,18 +369,30 @@ def test_what_is_no_plan_is_refused(value):
 # Integer arithmetic
 
 
-@pytest.mark.parametrize(("bits", "query_bits"), [(4, 8), (8, 16)])
-def test_integer_compute_rounds_queries(bits, query_bits):
-    store = Tokens(Int(bits, "token", 8))
+@pytest.mark.parametrize(
+    ("fmt", "query_bits"),
+    [
+        (Int(2, "token", 8), 8),
+        (Int(3, "token", 8), 8),
+        (Int(4, "token", 8), 8),
+        (Int(8, "token", 8), 16),
+        (Bfp(4, 8), 8),
+        (Bfp(8, 8), 16),
+        (Int(4, "channel", 32), None),
+    ],
+)
+def test_integer_compute_rounds_queries_over_scales_of_tokens(fmt, query_bits):
+    store = Tokens(fmt)
     plan = plan_from_graph(graph_of(k_store=store), "int")
     assert plan.query_bits == query_bits
     assert plan_from_graph(graph_of(k_store=store)).query_bits is None
 
 
-@pytest.mark.parametrize(
-    "fmt", [Int(4, "channel", 32), Int(2, "token", 8), Int(3, "token", 8), Bfp(4, 8), Raw("f32")]
-)
-def test_integer_compute_of_other_keys_is_refused(fmt):
-    with pytest.raises(KvantError) as caught:
-        plan_from_graph(graph_of(k_store=Tokens(fmt)), "int")
+def test_integer_compute_without_codes_is_refused():
+    plan = plan_from_graph(graph_of())
+    k, v = (replace(stream, tokens=Tokens(Raw("f32"))) for stream in (plan.k, plan.v))
+    coded = replace(plan.v, tokens=Tokens(Int(4, "token", 8)))
+    assert replace(plan, k=k, v=coded, compute="int").query_bits is None
+    with pytest.raises(KvantError, match="store keys or values as int or bfp") as caught:
+        replace(plan, k=k, v=v, compute="int")
     assert caught.value.code == "integer-compute"

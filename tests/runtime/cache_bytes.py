@@ -1,9 +1,11 @@
 """Which bytes of a cache mean something: to compare these, and to fill all others with garbage."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from kvant.ir.layouts import ROWS
 from kvant.runtime.cache import Cache
 from kvant.runtime.stream import Stream
 
@@ -12,16 +14,16 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 def live_bytes(stream: Stream, tokens: int) -> Array:
     """bool[page_bytes], the bytes of a page that belong to its first `tokens` tokens."""
-    layout = stream.layout
-    live = np.zeros((layout.heads, layout.head_bytes), bool)
+    layout = replace(stream.layout, kind=ROWS)
+    live = np.zeros((layout.heads, layout.head_bytes), np.uint8)
     for field in layout.fields:
         kept = tokens * field.shape[0] // layout.tokens
-        live[:, field.offset : field.offset + kept * (field.nbytes // field.shape[0])] = True
-    return live.reshape(-1)
+        live[:, field.offset : field.offset + kept * (field.nbytes // field.shape[0])] = 1
+    return layout.arranged(live.reshape(-1), stream.layout.kind).astype(bool)
 
 
 def stored_bytes(cache: Cache) -> list[bytes]:
-    """All bytes that mean something, in an order that does not depend on slots or page numbers."""
+    """All bytes that mean something, pages in rows, in an order without slots or page numbers."""
     found = []
     for stream in (s for layer in cache.layers for s in layer.streams):
         for row, length in enumerate(stream.length.tolist()):
@@ -31,7 +33,8 @@ def stored_bytes(cache: Cache) -> list[bytes]:
                 pages = stream.memory.fetch(stream.pages)
                 page = pages[stream.table[row, i // stream.layout.tokens]]
                 tokens = min(stream.layout.tokens, encoded - stream.sinks - i)
-                found.append(page[live_bytes(stream, tokens)].tobytes())
+                live = np.where(live_bytes(stream, tokens), page, np.uint8(0))
+                found.append(stream.layout.arranged(live, ROWS).tobytes())
             slot = encoded - int(stream.tail_first[row])
             sink, tail = stream.memory.fetch(stream.sink), stream.memory.fetch(stream.tail)
             found.append(sink[row, :, :length].tobytes())

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from kvant.ir.attention import attend, round_queries
+from kvant.ir.attention import Products, attend, round_queries
 from kvant.ir.maps import apply
 from kvant.ir.plan import AttentionPlan, StreamPlan
 
@@ -132,8 +132,13 @@ class Oracle:
         q: Array,
         stored: Callable[[int], tuple[Array, Array]] | None = None,
         dtype: Any = np.float64,
+        products: Callable[[int], Products] | None = None,
     ) -> tuple[Array, Array]:
-        """Row by row; `stored` gives (k, v) of a row, by default what the oracle encodes itself."""
+        """Row by row; `stored` gives (k, v) of a row, by default what the oracle encodes itself.
+
+        `products` gives the arithmetic of a row's single query. A window makes the kernels see
+        each row's own queries, without the padding of its neighbours.
+        """
         tokens = q.shape[2]
         out = np.zeros((*q.shape[:3], self.plan.v.channels))
         lse = np.full(q.shape[:3], -np.inf)
@@ -146,6 +151,9 @@ class Oracle:
             args = (x[row][None, :, mask], k[None], v[None])
             plan, n = self.plan, np.array([k.shape[1]])
             options = {"softcap": plan.softcap, "window": plan.window, "dtype": dtype}
+            seen = tokens if plan.window is None else int(mask.sum())
+            if products is not None and seen == 1:
+                options["products"] = products(row)
             options["sinks"] = None if plan.sinks is None else self.constants[plan.sinks]
             o, e = attend(*args, lengths=n, scale=plan.scale, **options)
             o = apply(plan.out_maps, o, self.constants, plan.group)

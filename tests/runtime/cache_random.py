@@ -78,7 +78,7 @@ def random_plan(rng: Any) -> tuple[AttentionPlan, Constants]:
     }
     v_maps: tuple[Map, ...] = (Hadamard(dv),) if rng.random() < 0.2 else ()
     rest = k_tokens.rest
-    is_int = isinstance(rest, Int) and rest.axis == "token" and rest.bits in (4, 8)
+    is_int = any(isinstance(fmt, Int | Bfp) for fmt in (rest, v_tokens.rest))
     plan = AttentionPlan(
         q_heads=heads * group,
         scale=float(d**-0.5),

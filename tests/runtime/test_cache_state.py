@@ -18,8 +18,9 @@ from kvant.ir.encodings import Bfp, Int, Tokens
 from kvant.ir.errors import KvantError
 from kvant.ir.plan import AttentionPlan, StreamPlan
 from kvant.runtime import strict_json
-from kvant.runtime.cache import Cache, restore
+from kvant.runtime.cache import Cache
 from kvant.runtime.launch_reference import Kernels
+from kvant.runtime.restore import restore
 
 from .cache_bytes import poison, stored_bytes
 from .cache_runner import random_kv

@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvant.runtime.cache import Cache, restore
+from kvant.runtime.cache import Cache
 from kvant.runtime.launch_reference import Kernels
 from kvant.runtime.pages import open_pool
+from kvant.runtime.restore import restore
 from kvant.runtime.stream import new_stream
 
 from .cache_bytes import poison, stored_bytes

@@ -43,6 +43,36 @@ def test_the_one_that_uses_most_of_the_machine_is_chosen() -> None:
     }
 
 
+def test_the_order_of_processors_is_that_of_the_table() -> None:
+    """Not that of names or of how many features are asked for; what is not known comes last."""
+    best = ["sapphirerapids", "znver4", "x86-64-v4", "alderlake", "x86-64-v3", "x86-64-v2"]
+    order = [f"cpu-{name}" for name in (*best, "later", "newest")]
+    targets = {name: cpu(*V3[: i % 2]) for i, name in enumerate(sorted(order))}
+    targets["cpu-newest"], targets["cpu-later"] = cpu(*V3[:1]), cpu(*V3)
+    while targets:
+        chosen = choose_target(targets, "auto", "x", LAPTOP)
+        assert (chosen.name, *chosen.also) == tuple(order)
+        preferred = f"{chosen.name} was preferred"
+        assert chosen.passed_over == {name: preferred for name in order[1:]}
+        del targets[order.pop(0)]
+
+
+def test_what_is_not_linked_is_never_chosen() -> None:
+    reason = (
+        "it is an object file and assembly for macOS, which nothing links to a library that could "
+        "be loaded"
+    )
+    targets = {"cpu-apple-m1": cpu(system="Darwin", machine="arm64"), "cpu-x86-64-v3": cpu(*V3)}
+    chosen = choose_target(targets, "auto", "x", LAPTOP)
+    assert (chosen.name, chosen.also) == ("cpu-x86-64-v3", ())
+    assert chosen.passed_over == {"cpu-apple-m1": reason}
+    mac = Machine("Darwin", "arm64", frozenset(), None, lambda: (None, NO_GPU))
+    with pytest.raises(KvantError) as caught:
+        choose_target({"cpu-apple-m1": targets["cpu-apple-m1"]}, "auto", "x", mac)
+    what = f"no compiled target of the artifact runs here: cpu-apple-m1: {reason}"
+    assert (caught.value.code, caught.value.what) == ("no-usable-target", what)
+
+
 def test_a_gpu_is_preferred_if_it_is_of_the_right_kind() -> None:
     assert choose_target(TARGETS, "auto", "x", HOPPER).name == "cuda-sm_90"
     assert choose_target(TARGETS, "cuda", "x", HOPPER).name == "cuda-sm_90"

@@ -13,7 +13,8 @@ from kvant.ir.layouts import page_tokens
 from kvant.ir.maps import Gather, Hadamard, Map, Scale
 from kvant.ir.plan import AttentionPlan, StreamPlan
 from kvant.runtime.launch_cpu import Kernels
-from kvant.targets.cpu import compile_cpu, emit
+from kvant.targets.cpu import compile_cpu, emit, this_cpu
+from kvant.targets.machines import Cpu
 
 Constants = dict[str, Array]
 BOTH = {"sink": 4}
@@ -68,17 +69,24 @@ def constants_of(plan: AttentionPlan) -> Constants:
     }
 
 
+def files_of(plan: AttentionPlan, cpu: Cpu | None = None) -> dict[str, bytes]:
+    """Compiled for a processor, by default the best that fits this machine."""
+    return _files_of(plan, cpu or this_cpu())
+
+
 @lru_cache(maxsize=64)
-def files_of(plan: AttentionPlan) -> dict[str, bytes]:
-    return compile_cpu(emit(plan))
+def _files_of(plan: AttentionPlan, cpu: Cpu) -> dict[str, bytes]:
+    return compile_cpu(emit(plan, cpu), cpu)
 
 
-def kernels_of(plans: list[AttentionPlan], constants: list[Constants]) -> Kernels:
+def kernels_of(
+    plans: list[AttentionPlan], constants: list[Constants], cpu: Cpu | None = None
+) -> Kernels:
     keys = [f"p{plans.index(plan)}" for plan in plans]
     files = {
         f"{key}/{name}": data
         for key, plan in zip(keys, plans, strict=True)
-        for name, data in files_of(plan).items()
+        for name, data in files_of(plan, cpu).items()
     }
     return Kernels(plans, constants, keys, files)
 
@@ -171,6 +179,53 @@ PLANS: dict[str, AttentionPlan] = {
         window=7,
         v_tokens={"recent": 64, "flush": "block"},
         sinks="kvant.sinks",
+    ),
+    # Integer dot products: each format that has them, on both sides, with many scales and with one.
+    "kivi-2bit-int": replace(KIVI, compute="int"),
+    "int3-int": plan_of(
+        int_format(3, "channel", 32, params="f32", zero="none"),
+        int_format(3, "token", 64, zero="int"),
+        heads=1,
+        group=8,
+        d=128,
+        dv=64,
+        compute="int",
+        window=100,
+    ),
+    "int8-channel-int": plan_of(
+        int_format(8, "channel", 48, zero="int", params="bf16"),
+        int_format(8, "channel", 64),
+        group=3,
+        d=48,
+        dv=32,
+        compute="int",
+    ),
+    "int8-int": plan_of(
+        int_format(8, "token", 32, zero="none"),
+        int_format(8, "token", 32, zero="none", params="f32"),
+        group=1,
+        d=256,
+        dv=128,
+        compute="int",
+        k_tokens={"sink": 3},
+        v_tokens={"sink": 3, "recent": 40},
+    ),
+    "bfp-int": plan_of(
+        Bfp(8, 16),
+        Bfp(4, 32),
+        group=7,
+        compute="int",
+        softcap=20.0,
+        v_tokens={"recent": 64, "flush": "block"},
+    ),
+    "int4-groups-d192-int": plan_of(
+        int_format(4, "token", 64, zero="int"),
+        int_format(4, "channel", 32, zero="none"),
+        group=5,
+        d=192,
+        dv=80,
+        compute="int",
+        window=130,
     ),
     "split-2bit": SPLIT,
     "slices": plan_of(

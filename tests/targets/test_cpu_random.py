@@ -19,8 +19,8 @@ from kvant.ir.plan import AttentionPlan
 from kvant.runtime.cache import Cache
 from kvant.runtime.launch_cpu import Kernels
 from kvant.runtime.stream import Floats, Stream
-from kvant.targets import cpu_scores_int
-from kvant.targets.cpu import compile_cpu, emit
+from kvant.targets import cpu_scores_int, cpu_values_int
+from kvant.targets.cpu import compile_cpu, emit, this_cpu
 
 from ..runtime.cache_bytes import stored_bytes
 from ..runtime.cache_random import make_case, random_plan
@@ -34,6 +34,8 @@ SHORT = PLANS | {f"pairs-{i}": plan for i, plan in enumerate(PAIRS)}
 LONG = {f"pairs-long-{i}": plan for i, plan in enumerate(PAIRS_LONG)}
 IN_ALL, IN_ALL_LONG = 2_000, 4_000
 BULK, THREADS = 8, 6
+# Of a vector of values of INTEGER, which are those of a register.
+LANES = this_cpu().vector // 4
 
 
 def seeded(name: str) -> np.random.Generator:
@@ -50,7 +52,7 @@ def test_the_plans_cover_pairs_of_options() -> None:
     every = pairs([*SHORT.values(), *LONG.values()])
     assert len(every) > 660
     assert len(pairs(SHORT.values())) > 0.85 * len(every)
-    assert len(pairs(PLANS.values())) < 0.6 * len(every)
+    assert len(pairs(PLANS.values())) < 0.7 * len(every)
 
 
 @pytest.mark.parametrize("name", SHORT)
@@ -89,7 +91,7 @@ def run_cases(name: str, plan: AttentionPlan, count: int, record_property: Recor
     record_property("cases of these mistrusted: 0.1 % on the scale would not show", mistrusted)
     record_property("cases of attends over poisoned tails and pages, same bits", poisoned)
     assert worst > 0
-    assert mistrusted <= 0.2 * count, "so many cases prove nothing that the others should be more"
+    assert mistrusted <= 0.25 * count, "so many cases prove nothing that the others should be more"
 
 
 def lengths_of(plan: AttentionPlan) -> list[int]:
@@ -161,6 +163,7 @@ class _WrongBy:
     def __init__(self, kernels: Kernels, factor: float) -> None:
         self.append, self.encode = kernels.append, kernels.encode
         self.memory, self.check = kernels.memory, kernels.check
+        self.layouts = kernels.layouts
         self.right, self.factor = kernels, np.float32(factor)
 
     def attend(self, layer: int, q: Floats, k: Stream, v: Stream) -> tuple[Floats, Floats]:
@@ -183,9 +186,34 @@ def test_a_wrong_scale_is_seen(name: str, factor: float) -> None:
 
 
 def test_a_doubled_integer_dot_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    right: Any = cpu_scores_int._dot
-    monkeypatch.setattr(cpu_scores_int, "_dot", lambda *a: f"({right(*a)} + {right(*a)})")
-    files = {f"p0/{name}": data for name, data in compile_cpu(emit(INTEGER)).items()}
+    right: Any = cpu_scores_int._sum
+    monkeypatch.setattr(cpu_scores_int, "_sum", lambda *a: f"({right(*a)} + {right(*a)})")
+    cpu = this_cpu()
+    files = {f"p0/{name}": data for name, data in compile_cpu(emit(INTEGER, cpu), cpu).items()}
+    case = Case(INTEGER, {}, 1, None, SCRIPT, seed=3)
+    with pytest.raises(AssertionError, match="times what P7 allows"):
+        run_case(lambda plans, own: Kernels(plans, own, ["p0"], files), case)
+
+
+@pytest.mark.parametrize("mistake", ["steps", "zeros"])
+def test_a_wrong_rounding_of_weights_is_seen(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps, or sums of zero points, that are wrong by 1 %."""
+    right: Any = cpu_values_int.fma
+    wrong = {
+        "steps": lambda a, b, c: (
+            right(f"({a} * T.broadcast(T.float32(1.01), {LANES}))", b, c)
+            if a.startswith('T.Cast("float32')
+            else right(a, b, c)
+        ),
+        "zeros": lambda a, b, c: (
+            right(f"({a} * T.broadcast(T.float32(1.01), {LANES}))", b, c)
+            if b == "zero"
+            else right(a, b, c)
+        ),
+    }
+    monkeypatch.setattr(cpu_values_int, "fma", wrong[mistake])
+    cpu = this_cpu()
+    files = {f"p0/{name}": data for name, data in compile_cpu(emit(INTEGER, cpu), cpu).items()}
     case = Case(INTEGER, {}, 1, None, SCRIPT, seed=3)
     with pytest.raises(AssertionError, match="times what P7 allows"):
         run_case(lambda plans, own: Kernels(plans, own, ["p0"], files), case)

@@ -42,6 +42,7 @@ class Trapped:
         self.right = loaded(plans, constants)
         self.append, self.encode = self.right.append, self.right.encode
         self.memory, self.check = self.right.memory, self.right.check
+        self.layouts, self.steps = self.right.layouts, self.right.steps
 
     def attend(self, layer: int, q: Floats, k: Stream, v: Stream) -> tuple[Floats, Floats]:
         return self.right.attend(layer, q, _trap(k), _trap(v))

@@ -196,7 +196,7 @@ def test_pages_are_those_of_the_cpu(name: str) -> None:
 
 
 def test_one_artifact_for_a_cpu_and_a_gpu(tmp_path: Any) -> None:
-    art = kvant.compile(SHAPE, "int8-token", ["cpu", "cuda:sm_90"], out=tmp_path / "a")
+    art = kvant.compile(SHAPE, "int8-token", ["cpu:x86-64-v3", "cuda:sm_90"], out=tmp_path / "a")
     assert sorted(art.manifest["targets"]) == ["cpu-x86-64-v3", "cuda-sm_90"]
     kernels = [row["name"] for row in art.show()["kernels"]]
     assert "cuda-sm_90/p0/attend" in kernels

@@ -10,10 +10,12 @@ import pytest
 from kvant.targets.cpu import emit
 from kvant.targets.cpu_rows import blocks, row_stride
 from kvant.targets.gpu import emit as emit_gpu
+from kvant.targets.machines import CPUS
 from kvant.targets.source import split_tokens
 
 from .cpu_cases import DENSE_SPARSE, HEADLINE, INTEGER, KIVI, PLANS, SPLIT
 
+GOLDEN_CPU = CPUS["x86-64-v3"]
 GOLDEN = Path(__file__).parent.parent / "golden"
 CASES = {
     "int4-token-int.attend": INTEGER,
@@ -44,7 +46,7 @@ def test_golden(target: str, case: str) -> None:
     """KVANT_UPDATE_GOLDEN=1 renews the files; the diff is for a person."""
     name = case.split(".")[1]
     plan = CASES[case]
-    kernels = emit(plan).kernels if target == "cpu" else emit_gpu(plan).kernels
+    kernels = emit(plan, GOLDEN_CPU).kernels if target == "cpu" else emit_gpu(plan).kernels
     source = next(k for k in kernels if k.name == name).source()
     path = GOLDEN / target / f"{case}.{'tvmscript' if target == 'cpu' else 'triton'}"
     if os.environ.get("KVANT_UPDATE_GOLDEN"):

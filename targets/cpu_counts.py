@@ -1,0 +1,88 @@
+"""Instructions of the inner loops of integer dot products, counted in the assembly.
+
+A count does not depend on how busy a machine is, so tests hold it. It is that of the loop with the
+most dot products: loads, unpacking, products, and for values the sums of each block scaled.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+from ..ir.encodings import Raw
+from ..ir.layouts import ROWS
+from ..ir.plan import AttentionPlan
+from ..ir.planes import code_bits
+from .cpu_attend import MOST_SCORE_ROWS, MOST_VALUE_ROWS, attend
+from .cpu_compile import assembly
+from .cpu_pages import readers_of
+from .cpu_quads import lanes_of, layouts, value_lanes
+from .cpu_rows import blocks
+from .machines import Cpu
+from .source import Source
+
+# The instruction that takes codes, by kind of dot product: for up to 4 bits, and for 8. LLVM writes
+# vpdpwssd as pmaddwd and a sum for processors on which that is faster.
+DOT = {
+    "pairs": ("pmaddubsw", "pmaddwd"),
+    "vnni": ("vpdpbusd", "vpdpwssd|pmaddwd"),
+    "neon": ("sdot", None),
+    "neon-i8mm": ("usdot", None),
+}
+_LABEL = re.compile(r"(\.L\w+):")
+_JUMP = re.compile(r"\s+(?:j\w+|b\.\w+|cbn?z\s+\w+,|tbn?z\s+\w+, #\d+,)\s+(\.L\w+)")
+_INSTRUCTION = re.compile(r"\s+[a-z{]")
+
+
+def instructions_per_element(plan: AttentionPlan, cpu: Cpu) -> dict[str, float | None]:
+    """Return the instructions of the inner loop for each key and value element of a KV head.
+
+    Args:
+        plan: all query heads of a group count as one reader of the element.
+        cpu: for which the kernel is compiled; it need not be this machine.
+
+    Returns: by role; None where a stream is read in floats, or no dot product takes its codes.
+    """
+    return {role: _count(plan, role, cpu) for role in ("k", "v")}
+
+
+def _count(plan: AttentionPlan, role: str, cpu: Cpu) -> float | None:
+    layout = layouts(plan)[role == "v"]
+    if layout.kind == ROWS:
+        return None
+    stream, other = (plan.k, plan.v) if role == "k" else (plan.v, plan.k)
+    (reader,) = readers_of(stream, layout)
+    wide = code_bits(reader.coded()) == 8
+    name = DOT[cpu.dots][wide]
+    if name is None:
+        return None
+    # With the other stream raw, all dot products of the text are this stream's.
+    raw = replace(other, tokens=replace(other.tokens, rest=Raw("f32"), flush="group"))
+    k, v = (stream, raw) if role == "k" else (raw, stream)
+    alone = replace(plan, k=k, v=v)
+    text = assembly(Source(alone, (attend(alone, cpu),), _HEAD), cpu)
+    most = MOST_SCORE_ROWS if role == "k" else MOST_VALUE_ROWS
+    rows = blocks(plan.group, most)[0][1]
+    lanes = lanes_of(cpu) if role == "k" else value_lanes(reader.coded(), reader.width, cpu)
+    size, dots = max(((dots, size) for size, dots in _loops(text, name)), default=(0, 0))[::-1]
+    return size * rows / (dots * lanes * (2 if wide else 4)) if dots else None
+
+
+def _loops(text: str, name: str) -> list[tuple[int, int]]:
+    """Return (instructions, dot products) of each loop that holds no other one with some."""
+    labels: dict[str, int] = {}
+    loops: list[tuple[int, int]] = []
+    lines = [line for line in text.splitlines() if _LABEL.match(line) or _INSTRUCTION.match(line)]
+    for i, line in enumerate(lines):
+        label, jump = _LABEL.match(line), _JUMP.match(line)
+        if label:
+            labels[label[1]] = i
+        if jump and jump[1] in labels:
+            loops.append((labels[jump[1]], i))
+    ours = [(a, b) for a, b in loops if any(re.search(name, line) for line in lines[a:b])]
+    inner = [(a, b) for a, b in ours if not any(a <= c and d < b for c, d in ours)]
+    bodies = [[x for x in lines[a : b + 1] if _INSTRUCTION.match(x)] for a, b in inner]
+    return [(len(body), sum(bool(re.search(name, line)) for line in body)) for body in bodies]
+
+
+_HEAD = "from tvm.script import tirx as T\n"

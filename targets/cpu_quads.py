@@ -1,0 +1,98 @@
+"""Which streams of a plan are read by integer dot products, and so stored in quads."""
+
+from __future__ import annotations
+
+from math import gcd
+
+from ..ir.encodings import Bfp, Int
+from ..ir.integers import BLOCK
+from ..ir.layouts import CHANNEL_QUADS, QUAD, ROWS, TOKEN_QUADS, PageLayout, fits_tokens, holds
+from ..ir.plan import AttentionPlan, StreamPlan
+from ..ir.planes import code_bits, plane_widths
+from .machines import Cpu
+
+DOT_NAMES = {
+    "pairs": "pmaddubsw, pmaddwd",
+    "vnni": "vpdpbusd, vpdpwssd",
+    "neon": "sdot",
+    "neon-i8mm": "usdot",
+}
+# Sums of 32 bits hold so many products of codes of 8 bits and integers of 16.
+MOST_WIDE = 256
+
+
+def layouts(plan: AttentionPlan) -> tuple[PageLayout, PageLayout]:
+    """Return the page layouts of k and v. They are the same for all processors."""
+    k = _layout(plan.k, CHANNEL_QUADS if _quads_of_keys(plan) else ROWS)
+    v = _layout(plan.v, TOKEN_QUADS if _quads_of_values(plan) else ROWS)
+    return k, v
+
+
+def why_floats(plan: AttentionPlan, role: str) -> str | None:
+    """Return None if a stream is read by integer dot products, or one sentence why not."""
+    if plan.compute != "int":
+        return "the recipe says compute = float"
+    stream = plan.k if role == "k" else plan.v
+    if not isinstance(stream.tokens.rest, Int | Bfp):
+        return "raw, sliced and sparse formats are read in floats"
+    if role == "v" and plan.k.tokens.sink != plan.v.tokens.sink:
+        return "keys and values keep different numbers of first tokens raw"
+    if (_quads_of_keys if role == "k" else _quads_of_values)(plan):
+        return None
+    return "channels or groups do not fill whole lanes of four"
+
+
+def path_of(plan: AttentionPlan, role: str, cpu: Cpu) -> str:
+    """Return in words how `attend` reads a stream, and if in floats, why."""
+    reason = why_floats(plan, role)
+    return f"floats ({reason})" if reason else f"integer dot products ({DOT_NAMES[cpu.dots]})"
+
+
+def integer_queries(plan: AttentionPlan) -> str | None:
+    """Return the type of the integers of queries that are rounded once a step, or None."""
+    fmt = plan.k.tokens.rest
+    if plan.query_bits is None or not isinstance(fmt, Int | Bfp) or not _quads_of_keys(plan):
+        return None
+    return f"int{plan.query_bits}"
+
+
+def lanes_of(cpu: Cpu) -> int:
+    """Return the 32-bit lanes of a vector register."""
+    return cpu.vector // 4
+
+
+def value_lanes(fmt: Int | Bfp, channels: int, cpu: Cpu) -> int:
+    """Return the lanes in which values are read: those of one plane and one scale."""
+    return gcd(lanes_of(cpu), _value_chunk(fmt, channels))
+
+
+def _layout(stream: StreamPlan, kind: str) -> PageLayout:
+    rest = stream.tokens.rest
+    return PageLayout(stream.page_tokens, stream.heads, stream.channels, rest, kind)
+
+
+def _quads_of_keys(plan: AttentionPlan) -> bool:
+    fmt, channels = plan.k.tokens.rest, plan.k.channels
+    if plan.compute != "int" or not isinstance(fmt, Int | Bfp):
+        return False
+    if not holds(CHANNEL_QUADS, fmt, plan.k.page_tokens, channels):
+        return False
+    return code_bits(fmt) != 8 or channels <= MOST_WIDE
+
+
+def _quads_of_values(plan: AttentionPlan) -> bool:
+    fmt = plan.v.tokens.rest
+    if plan.compute != "int" or not isinstance(fmt, Int | Bfp):
+        return False
+    if not holds(TOKEN_QUADS, fmt, plan.v.page_tokens, plan.v.channels):
+        return False
+    # Blocks of weights must lie inside one split, and inside one group of tokens.
+    whole = plan.k.tokens.sink == plan.v.tokens.sink and fits_tokens(fmt, BLOCK)
+    return whole and _value_chunk(fmt, plan.v.channels) % QUAD == 0
+
+
+def _value_chunk(fmt: Int | Bfp, channels: int) -> int:
+    """Return the channels in a row that share bytes and scale, at most."""
+    width = min(width for _, width in plane_widths(fmt, channels))
+    group = fmt.block if isinstance(fmt, Bfp) else fmt.group_channels
+    return width if group in (1, channels) else gcd(width, group)

@@ -1,0 +1,191 @@
+"""One token after another: the short way of an append, and all that ends it."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kvant.ir.arrays import Array
+from kvant.ir.errors import KvantError
+from kvant.ir.plan import AttentionPlan
+from kvant.runtime.cache import Cache
+from kvant.runtime.launch_reference import Kernels as Reference
+from kvant.runtime.state_file import read_state
+
+from ..runtime.cache_bytes import stored_bytes
+from .cpu_cases import HEADLINE, KIVI, PLANS, constants_of, loaded
+
+PACED = {"int4-token": HEADLINE, "kivi-2bit": KIVI, "maps": PLANS["maps"]}
+
+
+@pytest.fixture(params=PACED, ids=str)
+def plan(request: pytest.FixtureRequest) -> AttentionPlan:
+    return PACED[request.param]
+
+
+class Twins:
+    """A cache on compiled kernels and one on the reference, which knows no short way."""
+
+    def __init__(self, plan: AttentionPlan, start: list[int] | None = None) -> None:
+        constants = [constants_of(plan)]
+        kernels = (loaded([plan], constants), Reference([plan], constants))
+        self.caches = [Cache([plan], own, batch=2, max_tokens=1024, start=start) for own in kernels]
+        self.plan, self.rng = plan, np.random.default_rng(0)
+
+    def new(self, tokens: int) -> tuple[Array, Array]:
+        k, v = (
+            self.rng.normal(size=(2, s.heads, tokens, s.channels)).astype(np.float32)
+            for s in (self.plan.k, self.plan.v)
+        )
+        return k, v
+
+    def append(self, *sizes: int) -> None:
+        for size in sizes:
+            new = self.new(size)
+            for cache in self.caches:
+                cache.append(0, *new)
+
+    def both(self, call: Callable[[Cache], object]) -> None:
+        for cache in self.caches:
+            call(cache)
+
+    def left(self) -> int:
+        """How many appends may still go the short way."""
+        pace = self.caches[0].layers[0].pace
+        return 0 if pace is None else pace.left
+
+    def check(self) -> None:
+        own, right = (cache.layers[0] for cache in self.caches)
+        for have, want in zip(own.streams, right.streams, strict=True):
+            for name in ("held", "encoded", "length"):
+                assert np.array_equal(getattr(have, name), getattr(want, name)), name
+        for column in range(own.columns.length + 1):
+            assert np.array_equal(own.columns.counts_at(column), right.columns.counts_at(column))
+        assert stored_bytes(self.caches[0]) == stored_bytes(self.caches[1])
+
+
+def test_the_short_way_is_taken_and_stores_the_same(plan: AttentionPlan) -> None:
+    twins, short = Twins(plan, [0, 3]), 0
+    twins.append(70)
+    for _ in range(300):
+        before = twins.left()
+        twins.append(1)
+        short += twins.left() == before - 1
+    assert short > 200
+    twins.check()
+
+
+CHANGES: dict[str, Callable[[Cache], object]] = {
+    "truncate": lambda cache: cache.truncate(cache.length - 1),
+    "reorder": lambda cache: cache.reorder(np.array([1, 1])),
+    "swap": lambda cache: cache.reorder(np.array([1, 0])),
+    "flush": lambda cache: cache.flush(),
+    "reserve": lambda cache: cache.reserve(9),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changes_a_layer_ends_the_pace(plan: AttentionPlan, change: str) -> None:
+    twins = Twins(plan)
+    twins.append(70, *[1] * 20)
+    for _ in range(4):
+        twins.both(CHANGES[change])
+        twins.append(*[1] * 7)
+    twins.check()
+
+
+def test_more_tokens_at_once_end_the_pace(plan: AttentionPlan) -> None:
+    twins = Twins(plan)
+    for size in (70, 3, 200, 1):  # the tail grows, and is small again
+        twins.append(*[1] * 9, size)
+    twins.append(*[1] * 9)
+    twins.check()
+
+
+def test_attend_sees_every_token(plan: AttentionPlan) -> None:
+    """The calls of attend are kept too: a tail that moved must not be read where it was."""
+    twins = Twins(plan)
+    twins.append(70)
+    q = np.random.default_rng(1).normal(size=(2, plan.q_heads, 1, plan.k.channels))
+    for change in (*CHANGES.values(), *CHANGES.values()):
+        for size in (*[1] * 30, 40):
+            twins.append(size)
+            have, want = (cache.attend(0, q.astype(np.float32)) for cache in twins.caches)
+            assert np.abs(have - want).max() < 2e-2 * np.abs(want).max()
+        twins.both(change)
+    twins.check()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_refused_token_leaves_no_trace(plan: AttentionPlan, bad: float) -> None:
+    twins = Twins(plan)
+    twins.append(70, *[1] * 5)
+    assert twins.left() > 2
+    for i in (0, 1):
+        new = twins.new(1)
+        new[i][1, 1, 0, 5] = bad
+        for cache in twins.caches:
+            with pytest.raises(KvantError) as caught:
+                cache.append(0, *new)
+            assert caught.value.code == "non-finite"
+            assert "row 1, head 1, token 0" in caught.value.what
+        twins.append(1, 1)
+    twins.check()
+
+
+def test_a_full_cache_is_refused(plan: AttentionPlan) -> None:
+    twins = Twins(plan)
+    twins.append(1000, *[1] * 24)
+    for cache in twins.caches:
+        with pytest.raises(KvantError) as caught:
+            cache.append(0, *twins.new(1))
+        assert caught.value.code == "cache-full"
+    twins.check()
+
+
+def test_other_shapes_and_types_are_refused_as_ever(plan: AttentionPlan) -> None:
+    twins = Twins(plan)
+    twins.append(70, *[1] * 5)
+    k, v = twins.new(1)
+    for wrong, code in (
+        (k[:1], "wrong-shape"),
+        (k.astype(int), "wrong-dtype"),
+        ("k", "wrong-type"),
+    ):
+        with pytest.raises(KvantError) as caught:
+            twins.caches[0].append(0, wrong, v)
+        assert caught.value.code == code
+    twins.append(1)
+    twins.check()
+
+
+def test_a_restored_cache_goes_on(plan: AttentionPlan, tmp_path: Path) -> None:
+    twins = Twins(plan)
+    twins.append(70, *[1] * 9)
+    for i, cache in enumerate(twins.caches):
+        cache.save(tmp_path / f"state{i}")
+
+        def new_cache(batch: int, max_tokens: int, start: Array, cache: Cache = cache) -> Cache:
+            return Cache([plan], cache.kernels, batch=batch, max_tokens=max_tokens, start=start)
+
+        twins.caches[i] = read_state(tmp_path / f"state{i}", "", [plan], new_cache)
+    twins.append(*[1] * 70)
+    twins.check()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_tensors_of_torch_are_taken(plan: AttentionPlan, dtype: str) -> None:
+    torch = pytest.importorskip("torch")
+    twins = Twins(plan)
+    twins.append(70, *[1] * 3)
+    for i in range(6):
+        k, v = (torch.from_numpy(x).to(getattr(torch, dtype)) for x in twins.new(1))
+        # Other strides, and what a graph of gradients gives.
+        k = k.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
+        before = twins.left()
+        with torch.inference_mode(i % 2 == 0):
+            for cache in twins.caches:
+                cache.append(0, k, v)
+        assert twins.left() == before - 1
+    twins.check()
