@@ -8,10 +8,12 @@ from typing import Any
 
 import cpu_measure
 import cpu_peers
-from cpu_cells import OURS, Cell, l3_bytes, numbers_of, resident
+from cpu_cells import OURS, PROBE, Cell, l3_bytes, numbers_of, resident
 from cpu_contest import Array, Contestant, error, truth
 
 import kvant
+from kvant.targets.cpu_counts import instructions_per_element
+from kvant.targets.machines import CPUS
 
 CHECKED = "checked.json"
 """In the folder of artifacts: shares of the tolerance, by artifact, size and bits of the output."""
@@ -37,6 +39,8 @@ def measure(cell: Cell, peer: str, folders: list[Path], even_if_busy: bool) -> d
     qkv = cpu_peers.tensors(shape, cell.context, cell.batch)
     ours, facts = _ours(folders[0], qkv, cell)
     right = truth(*qkv, shape.logit_scale)
+    if peer == PROBE:
+        facts["instructions"] = _instructions(folders[0], str(facts["target"]))
     row = facts | {"ours_error": error(ours.output(), right)}
     refusal = tolerance(facts["share"])
     if refusal:
@@ -70,6 +74,12 @@ def _ours(folder: Path, qkv: cpu_peers.QKV, cell: Cell) -> tuple[Contestant, dic
     )
     facts = {"target": artifact.target, "bytes": ours.bytes, "share": share}
     return ours, facts | {"resident": resident(ours.bytes, l3_bytes())}
+
+
+def _instructions(folder: Path, target: str) -> dict[str, float | None]:
+    """Return the instructions of the inner loop for each element of keys and of values."""
+    plan = kvant.load(folder, target="reference").plan_of(0)
+    return instructions_per_element(plan, CPUS[target.removeprefix("cpu-")])
 
 
 def once(path: Path, name: str, output: Array, check: Callable[[], float]) -> float:

@@ -183,13 +183,16 @@ def _encodings(rows: Sequence[Row]) -> str:
         "GB/s of stored bytes",
         "share of read bandwidth",
         "G elements/s",
+        "instructions per element of keys, values",
         "error",
         "share of tolerance",
     )
     intro = (
         f"## Encodings\n\nOne layer of {MAIN}, one thread, against a plain read of a buffer far "
         "larger than L3 in the same rounds. Bytes are all that is stored: codes, scales, raw "
-        "tokens, page table. The error is that of the output against float64 over the unquantized "
+        "tokens, page table. Instructions are those of the inner loops, counted in the assembly, "
+        "for all query heads of a group together (`targets/cpu_counts.py`). The error is that of "
+        "the output against float64 over the unquantized "
         "numbers; the last column is the kernel's own error over what is allowed.\n\n"
     )
     return intro + _table(head, (_encoding_row(row) for row in sorted(chosen, key=key_of)))
@@ -204,7 +207,7 @@ def key_of(row: Row) -> tuple[Any, ...]:
 def _encoding_row(row: Row) -> tuple[str, ...]:
     name = f"`{row['recipe']}` at {row['context'] // 1024}k"
     if "refused" in row:
-        return name, f"refused: {row['refused']}", *[""] * 7
+        return name, f"refused: {row['refused']}", *[""] * 8
     count = elements(Cell(row["recipe"], row["shape"], row["context"], row["batch"], 1))
     seconds = row["ours_ms"]["median"] / 1e3
     return (
@@ -215,6 +218,7 @@ def _encoding_row(row: Row) -> tuple[str, ...]:
         f"{row['bytes'] / seconds / 1e9:.1f}",
         f"{bandwidth_share(row):.2f}",
         f"{count / seconds / 1e9:.2f}",
+        ", ".join("floats" if n is None else f"{n:.2f}" for n in row["instructions"].values()),
         f"{row['ours_error']:.4f}",
         f"{row['share']:.2f}",
     )

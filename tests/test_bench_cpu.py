@@ -294,9 +294,12 @@ def test_the_best_of_torch_counts_and_bf16_not_where_the_machine_has_its_dots() 
 
 
 def test_a_share_of_the_bandwidth_compares_bytes_a_second() -> None:
-    probe = row(peer=cpu_cells.PROBE, bytes=100, peer_bytes=400, peer_error=None)
+    facts = {"bytes": 100, "peer_bytes": 400, "instructions": {"k": 0.125, "v": None}}
+    probe = row(peer=cpu_cells.PROBE, peer_error=None, **facts)
     assert cpu_render.bandwidth_share(probe) == 0.5  # half the time for a quarter of the bytes
-    assert "| `int4-token` at 4k | L3 |" in cpu_render.page(data(probe))
+    page = cpu_render.page(data(probe))
+    assert "| `int4-token` at 4k | L3 |" in page
+    assert "| 0.12, floats |" in page
 
 
 def swept(
