@@ -261,7 +261,7 @@ def _grid_row(row: Row) -> tuple[str, ...]:
     if "refused" in row:
         return *start, f"refused: {row['refused']}", *[""] * 7
     ratio = f"{row['ratio']:.2f}"
-    setting = ", ".join(f"{name} {value}" for name, value in row["peer_setting"].items())
+    setting = ", ".join(f"{name} {value}" for name, value in sorted(row["peer_setting"].items()))
     return (
         *start,
         ratio if row["ratio"] >= 1 else f"**{ratio}**",

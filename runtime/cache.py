@@ -16,7 +16,7 @@ from ..ir.errors import KvantError
 from ..ir.layouts import PageLayout
 from ..ir.plan import AttentionPlan, StreamPlan
 from .columns import Columns, new_columns
-from .memory import Memory
+from .memory import Array, Memory
 from .pace import SOON, Pace, new_pace
 from .pages import PagePool
 from .queries import attend_columns, check_queries
@@ -165,7 +165,7 @@ class Cache:
         pace = state.pace if lengths is None else None
         if pace is not None and pace.append(state, k, v, self.reserved):
             return
-        where = f"layer {layer}, append"
+        where, tails = f"layer {layer}, append", (state.k.tail, state.v.tail)
         new_k, new_v, padding = self._read_append(state, where, k, v, lengths)
         tokens = new_k.shape[2]
         if tokens == 0:
@@ -184,6 +184,7 @@ class Cache:
             check_finite("v", self.memory.fetch(new_v), first, count, where)
             raise
         _settle(state, self._encode_due(layer, state), length, columns)
+        _let_go(state, tails)
         if tokens == 1:
             room = self.max_tokens - columns.length
             state.pace = new_pace(self.kernels, layer, state, self.reserved, room)
@@ -232,7 +233,9 @@ class Cache:
     def flush_layer(self, layer: int) -> None:
         """Encode and give back now what the next append to this layer would."""
         state = self._layer(layer, "flush")
+        tails = state.k.tail, state.v.tail
         _settle(state, self._encode_due(layer, state), state.k.length, state.columns)
+        _let_go(state, tails)
 
     def _encode_due(self, layer: int, state: Layer) -> list[Span]:
         """Write the pages of what is due and return what pages hold from now on, k's and v's.
@@ -279,6 +282,7 @@ class Cache:
             layer.columns = layer.columns.cut(columns)
             for stream in layer.streams:
                 cut(stream, length)
+            _let_go(layer)
 
     def reserve(self, n: int) -> None:
         """Keep the n newest tokens raw from now on, so that rolling them back is always exact.
@@ -306,6 +310,7 @@ class Cache:
             layer.columns = layer.columns.rows(rows)
             for stream in layer.streams:
                 take_rows(stream, rows)
+            _let_go(layer)
 
     def bytes(self) -> int:
         """Return the bytes in use: raw tokens in the plan's raw dtype, pages, and their tables.
@@ -359,6 +364,15 @@ class Cache:
                 fix="create the cache with a larger max_tokens, or truncate it",
             )
         return new_k, new_v, padding
+
+
+def _let_go(layer: Layer, tails: tuple[Array, ...] = ()) -> None:
+    """Forget what was made for the next calls, unless the layer still has the same tails.
+
+    It would keep the memory of others, which may be as long as a prompt.
+    """
+    if not tails or layer.k.tail is not tails[0] or layer.v.tail is not tails[1]:
+        layer.pace = layer.k.bound = None
 
 
 def _settle(state: Layer, spans: Sequence[Span], length: Ints, columns: Columns) -> None:

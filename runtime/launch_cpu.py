@@ -86,6 +86,13 @@ def load_library(files: Mapping[str, bytes], where: str) -> Library:
             fix="compile the artifact again",
         )
     launch = json.loads(files["launch.json"])
+    if not {"layouts", "kernels"} <= launch.keys() or "step" not in launch["kernels"]:
+        raise KvantError(
+            "kernels-missing",
+            "launch.json names no layouts or no kernel step: an earlier version of kvant wrote it",
+            where=where,
+            fix="compile the artifact again",
+        )
     reason = why_not(launch["facts"], this_machine())
     if reason is not None:
         raise KvantError(
@@ -253,7 +260,7 @@ class Kernels:
         self, layer: int, streams: Pair, grows: tuple[int, int], new: tuple[Floats, Floats]
     ) -> Steps | None:
         """Return what appends one token a row in one call; see `stream.Kernels`."""
-        if new[0].size > MOST_STEP:
+        if max(x.size for x in new) > MOST_STEP:
             return None
         (k, v), library, batch = streams, self._library(layer), len(new[0])
         bad = np.zeros(1 + 4 * batch * k.plan.heads, np.int64)

@@ -3,7 +3,7 @@
 Most appends of a decoding loop take no page, move no tail and cross no window. How many of them are
 to come is found out once, by the rules that hold for every append; then each is one call of a
 kernel, and no rule is asked again. What such an append does not take (another shape, a number that
-is not finite) it leaves, and the ordinary append says why.
+is not finite) it leaves to the ordinary append, which takes or refuses it.
 """
 
 from bisect import bisect_left
@@ -53,21 +53,27 @@ class Pace:
     state: tuple[object, ...]
 
     def append(self, layer: "Layer", k: object, v: object, reserved: int) -> bool:
-        """Append one token a row. Return whether it was done; if not, nothing has happened."""
+        """Append one token a row. Return whether it was done; if not, nothing counts of it."""
         if not self.left or self.reserved != reserved:
             return False
         if not all(map(is_, self.state, _state_of(layer))):
             return False
-        if not (self.k.take(k) and self.v.take(v) and self.steps()):
+        if not (self.k.take(k) and self.v.take(v)):
             return False
-        for stream, grow in zip(layer.streams, self.grows, strict=True):
-            if grow:
-                stream.encoded = stream.encoded + self.one
-        columns = layer.columns.one_more(self.one)
-        layer.k.length = layer.v.length = columns.counts
-        layer.columns = columns
-        self.left -= 1
-        self.state = _state_of(layer)
+        # Whatever interrupts what follows, the pace is over, and the token does not count.
+        left, self.left = self.left, 0
+        if not self.steps():
+            return False
+        keys, values, columns = layer.k, layer.v, layer.columns.one_more(self.one)
+        k_end, v_end = (
+            stream.encoded + self.one if grow else stream.encoded
+            for stream, grow in zip(layer.streams, self.grows, strict=True)
+        )
+        counts = columns.counts
+        # Stores without a call or a loop between them: no signal comes in here.
+        keys.encoded, values.encoded = k_end, v_end
+        keys.length, values.length, layer.columns = counts, counts, columns
+        self.state, self.left = _state_of(layer), left - 1
         return True
 
 
@@ -81,9 +87,11 @@ def new_pace(kernels: Kernels, index: int, layer: "Layer", reserved: int, room: 
         reserved: `Cache.reserved`.
         room: columns until the cache is full.
 
-    Returns: none where there are too few, or where the kernels have no faster way.
+    Returns: none where there are too few, with a window or padding, on a device, or where the
+        kernels have no faster way.
     """
-    if layer.plan.window is not None or not layer.columns.is_even:
+    on_host = kernels.memory.device == "cpu"
+    if layer.plan.window is not None or not layer.columns.is_even or not on_host:
         return None
     grows, left = [], min(_AHEAD, room)
     for stream in layer.streams:

@@ -1,7 +1,8 @@
 """The pool that pages come from: one array, pages given out and taken back by index.
 
 On the host the array is a mapping as large as the cache may ever become, but no memory is reserved
-for it: a page costs memory from the moment it is first written. Elsewhere the array grows. A page
+for it: a page costs memory from the moment it is first written (in a large pool, with what lies in
+the same 2 MiB). Elsewhere the array grows. A page
 that was used before is cleared when it is given out again, so nobody ever sees the bytes of its
 former owner.
 """
@@ -9,6 +10,7 @@ former owner.
 import mmap
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -109,6 +111,7 @@ def open_pool(page_bytes: int, capacity: int) -> PagePool:
         ) from error
     if size >= _HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
         # A long cache is read from end to end: fewer, larger pages of memory spare table walks.
-        mapping.madvise(mmap.MADV_HUGEPAGE)
+        with suppress(OSError):  # a system without them
+            mapping.madvise(mmap.MADV_HUGEPAGE)
     flat = np.frombuffer(mapping, np.uint8, count=page_bytes * capacity)
     return PagePool(flat.reshape(capacity, page_bytes), capacity)

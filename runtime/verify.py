@@ -42,6 +42,8 @@ STORED_SHARE = 0.2
 """Stored values may differ by this share of the encoding's own error (root mean square): a value
 that lies between two codes may fall on either side."""
 
+SINGLE = 12
+"""Appends of one token in a row."""
 LONGEST_WINDOW = 4096
 """Tokens; a longer sliding window is not filled, because that takes too long."""
 
@@ -178,7 +180,8 @@ def _steps(plan: AttentionPlan) -> list[int]:
     streams = (plan.k, plan.v)
     raw = max(s.tokens.sink + s.tokens.recent for s in streams)
     page = max(s.page_tokens for s in streams)
-    steps = [5, raw + page, 1, page + 7, 1]
+    # Single tokens at the end: a decoding loop, which has a kernel of its own on the CPU.
+    steps = [5, raw + page, 1, page + 7, *[1] * SINGLE]
     if plan.window is None or plan.window > LONGEST_WINDOW:
         return steps
     return [*steps, plan.window + page, 1, 5]

@@ -159,7 +159,7 @@ def test_right_kernels_pass(
     use(monkeypatch, kernels)
     result = verify.verify(made.folder)
     assert (result["id"], result["target"]) == (made.id, "cpu-test")
-    assert (result["layers_checked"], result["plans"], result["cases"]) == ([0, 1, 2], 2, 15)
+    assert (result["layers_checked"], result["plans"], result["cases"]) == ([0, 1, 2], 2, 48)
     assert result["files"] == 11
     assert result["stored_share"] == 0.0
     assert 0.0 < result["computed_share"] < 0.7
@@ -209,7 +209,7 @@ def test_rings_are_filled_and_checked(
     use(monkeypatch, kernels)
     if kernels is Kernels:
         result = verify.verify(made.folder)
-        assert (result["stored_share"], result["cases"]) == (0.0, 24)
+        assert (result["stored_share"], result["cases"]) == (0.0, 57)
         return
     with pytest.raises(KvantError) as caught:
         verify.verify(made.folder)

@@ -115,6 +115,11 @@ def test_broken_bytes_are_refused() -> None:
     with pytest.raises(KvantError) as caught:
         load_library({}, "here")
     assert caught.value.code == "kernels-missing"
+    old = json.loads(files["launch.json"])
+    del old["layouts"]
+    with pytest.raises(KvantError, match="an earlier version of kvant wrote it") as caught:
+        load_library(files | {"launch.json": json.dumps(old).encode()}, "here")
+    assert caught.value.code == "kernels-missing"
 
 
 def test_two_libraries_do_not_take_each_others_place() -> None:

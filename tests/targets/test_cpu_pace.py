@@ -1,17 +1,25 @@
 """One token after another: the short way of an append, and all that ends it."""
 
+import gc
+import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+import kvant
 from kvant.ir.arrays import Array
 from kvant.ir.errors import KvantError
 from kvant.ir.plan import AttentionPlan
 from kvant.runtime.cache import Cache
 from kvant.runtime.launch_reference import Kernels as Reference
+from kvant.runtime.pace import Pace
 from kvant.runtime.state_file import read_state
+from kvant.runtime.verify import verify
+from kvant.targets.cpu import this_cpu
 
 from ..runtime.cache_bytes import stored_bytes
 from .cpu_cases import HEADLINE, KIVI, PLANS, constants_of, loaded
@@ -189,3 +197,77 @@ def test_tensors_of_torch_are_taken(plan: AttentionPlan, dtype: str) -> None:
                 cache.append(0, k, v)
         assert twins.left() == before - 1
     twins.check()
+
+
+class Interrupt:
+    """Raises KeyboardInterrupt before line number `at` of an append that goes the short way."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def __call__(self, frame: Any, event: str, argument: object) -> Any:
+        return self if frame.f_code is Pace.append.__code__ and self._is_due(event) else None
+
+    def _is_due(self, event: str) -> bool:
+        if event == "line":
+            self.at -= 1
+            if self.at < 0:
+                raise KeyboardInterrupt
+        return True
+
+
+def test_an_interrupted_append_counts_whole_or_not_at_all() -> None:
+    """At every line: what is appended next lies where it belongs."""
+    for line in range(40):
+        twins = Twins(HEADLINE)
+        twins.append(70, *[1] * 5)
+        own, right = twins.caches
+        assert twins.left()
+        before, new = own.length, twins.new(1)
+        interrupt = Interrupt(line)
+        sys.settrace(interrupt)
+        try:
+            own.append(0, *new)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(None)
+        if own.length > before:
+            right.append(0, *new)
+        twins.append(1, 1, 1)
+        twins.check()
+        if interrupt.at >= 0:
+            assert line > 10, "the append has more lines than were interrupted"
+            return
+    raise AssertionError("the append never came to its end")
+
+
+def test_a_tail_that_is_gone_is_not_kept() -> None:
+    """Not by the pace, nor by the arguments of attend; also a tail of v alone."""
+    cache = Twins(HEADLINE).caches[0]
+    k, v = (np.ones((2, 2, 400, 128), np.float32) for _ in range(2))
+    q = np.ones((2, 4, 1, 128), np.float32)
+    for let_go in (Cache.flush, lambda cache: cache.truncate(0)):
+        cache.reserve(4000)
+        cache.append(0, k, v)
+        cache.append(0, k[:, :, :1], v[:, :, :1])
+        cache.attend(0, q)
+        tails = [weakref.ref(stream.tail) for stream in cache.layers[0].streams]
+        cache.reserve(0)
+        let_go(cache)
+        gc.collect()
+        assert [tail() is None for tail in tails] == [True, True]
+
+
+def test_verify_reaches_the_short_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken, right = [], Pace.append
+
+    def counted(self: Pace, *given: Any) -> bool:
+        taken.append(right(self, *given))
+        return taken[-1]
+
+    monkeypatch.setattr(Pace, "append", counted)
+    shape = kvant.Shape(heads=4, kv_heads=2, head_dim=64)
+    art = kvant.compile(shape, "int4-token", [f"cpu:{this_cpu().name}"], out=tmp_path / "a")
+    verify(art.path)
+    assert sum(taken) >= 4
