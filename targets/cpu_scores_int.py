@@ -173,6 +173,16 @@ def _write_products(keys: KeyDots, rows: Rows, operands: list[str], quad: str, a
             add(r, operand, dots.word("q_integers", place))
 
 
+def inverse_of(largest: str, most: int) -> str:
+    """Return the factor that makes integers of numbers up to `largest`.
+
+    It is 0 where all of them are so small that it would be infinite: none of them counts.
+    """
+    enough = f"{largest} > {number(2.0**-100)}"
+    quotient = f"{number(float(most))} / T.Select({enough}, {largest}, {number(1.0)})"
+    return f"T.Select({enough}, {quotient}, {number(0.0)})"
+
+
 def write_quads(
     kernel: Kernel, reader: PageReader, row: str, column: str, lanes: int
 ) -> Mapping[tuple[str, int], str]:
@@ -228,8 +238,7 @@ def _write_rounding(kernel: Kernel, keys: KeyDots, rows: Rows) -> None:
             kernel.line(f"{at('most', '0', lanes)} = T.max({at('most', '0', lanes)}, {size})")
         fold(kernel, "most", lanes, "T.max({}, {})")
         kernel.let("largest", "most[0]")
-        safe = f"T.Select(largest > {number(0.0)}, largest, {number(1.0)})"
-        kernel.let("inverse", f"{number(float(most))} / {safe}")
+        kernel.let("inverse", inverse_of("largest", most))
         kernel.line(f"q_steps[r] = largest / {number(float(most))}")
         kernel.line(f"{at('most', '0', lanes)} = {number(0.0, lanes)}")
         with kernel.block(f"for j in T.unroll({width // lanes})"):

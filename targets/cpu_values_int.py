@@ -20,7 +20,7 @@ from .cpu_dots import Add, Dots
 from .cpu_pages import PageReader
 from .cpu_quads import lanes_of, value_lanes
 from .cpu_rows import Rows
-from .cpu_scores_int import EVEN_ODD, write_plane, write_quads
+from .cpu_scores_int import EVEN_ODD, inverse_of, write_plane, write_quads
 from .cpu_text import Kernel, at, cast, fma, fold, number, rint, splat
 from .machines import Cpu
 
@@ -114,9 +114,7 @@ def _write_rounding(kernel: Kernel, values: ValueDots, rows: Rows, group: int) -
     for r in range(rows.count):
         fold(kernel, f"most{r}", lanes, "T.max({}, {})")
         kernel.let(f"largest{r}", f"most{r}[0]")
-        positive = f"largest{r} > {number(0.0)}"
-        safe = f"T.Select({positive}, largest{r}, {number(1.0)})"
-        kernel.let(f"inverse{r}", f"{number(float(most))} / {safe}")
+        kernel.let(f"inverse{r}", inverse_of(f"largest{r}", most))
         step = f"largest{r} / {number(float(most))}"
         kernel.line(f"w_steps[{_step(values, rows, r, str(group))}] = {step}")
         kernel.line(f"{at(f'most{r}', '0', lanes)} = {number(0.0, lanes)}")

@@ -94,3 +94,17 @@ def test_a_row_alone_equals_the_row_in_company() -> None:
     alone, _ = compiled.kernels.attend(0, q[[2, 2, 2]], *compiled.layers[0].streams)
     assert np.array_equal(alone[0], together[2])
     assert np.array_equal(alone[1], together[2])
+
+
+@pytest.mark.parametrize("name", ["int4-token-int", "int8-int", "kivi-2bit-int"])
+def test_attention_to_one_key_alone(name: str) -> None:
+    """All other probabilities underflow: a block of weights may have nothing but subnormals."""
+    plan = PLANS[name]
+    compiled, reference = filled(plan, [300, 170], seed=4)
+    streams = compiled.layers[0].streams
+    for size in (30.0, 60.0, 100.0, 300.0):
+        q = np.random.default_rng(6).normal(size=(2, plan.q_heads, 1, plan.k.channels))
+        q = (size * q).astype(np.float32)
+        out, _ = compiled.kernels.attend(0, q, *streams)
+        want, _ = reference.kernels.attend(0, q, *streams)
+        assert np.abs(out - want).max() < 1e-3 * np.abs(want).max()
