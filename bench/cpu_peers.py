@@ -101,7 +101,7 @@ def share_of_tolerance(artifact: Any, qkv: QKV, cache: Any) -> float:
     to the last bit: rows never meet in a kernel.
     """
     from kvant.runtime.launch_reference import Kernels
-    from kvant.runtime.verify import _computed_share
+    from kvant.runtime.verify import computed_share
 
     reference, plan, shares = Kernels(artifact.plans, artifact.constants), artifact.plan_of(0), []
     out = cache.attend(0, qkv[0])
@@ -113,7 +113,7 @@ def share_of_tolerance(artifact: Any, qkv: QKV, cache: Any) -> float:
             single = open_ours(artifact.path, (q, k, v), threads)[1]
         if not np.array_equal(single.attend(0, q), out[row : row + 1]):
             return float("inf")
-        shares.append(_computed_share(single, reference, 0, plan, q))
+        shares.append(computed_share(single, reference, 0, plan, q))
     return max(shares)
 
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .arrays import Array
-from .attention import Exact
+from .attention import EXACT
 from .encodings import Bfp, Int
 from .planes import code_bits
 
@@ -67,7 +67,7 @@ class Coded:
 
 
 @dataclass(slots=True)
-class Integers(Exact):
+class Integers:
     """Implements `attention.Products`.
 
     Attributes:
@@ -84,7 +84,7 @@ class Integers(Exact):
 
     def scores(self, rows: Array, k: Array, scale: float) -> Array:
         """See `attention.Products`."""
-        scores = Exact.scores(self, rows, k, scale)
+        scores = EXACT.scores(rows, k, scale)
         for b, coded in enumerate(self.k):
             if coded is None or not coded.per_channel:
                 continue
@@ -98,7 +98,7 @@ class Integers(Exact):
 
     def outputs(self, weights: Array, v: Array) -> Array:
         """See `attention.Products`."""
-        out = Exact.outputs(self, weights, v)
+        out = EXACT.outputs(weights, v)
         self.slack = np.zeros_like(out)
         for b, coded in enumerate(self.v):
             if coded is None:

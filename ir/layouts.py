@@ -18,12 +18,7 @@ its number: "0.codes", "0.scale", "1.codes".
 
 Codes are split in chunks of channels and never interleaved, so that one mask gives neighbours.
 
-That is the arrangement "rows". Two more hold the same bytes in another order, for instructions that
-sum four products of bytes into each lane of 32 bits. Both turn scales, zeros and exponents of
-tokens around, [C / gc, P], so that those of neighbouring tokens are neighbours.
-
-    channel-quads   u8[P, W] of codes as [P / 16, W / 4, 16, 4]: four bytes of one token a lane
-    token-quads     u8[P, W] of codes as [P / 4, W, 4]: four tokens of one byte a lane
+That is the arrangement "rows"; `ir/arrangements.py` has two more of the same bytes.
 """
 
 from __future__ import annotations
@@ -35,6 +30,7 @@ from math import lcm, prod
 
 import numpy as np
 
+from .arrangements import KINDS, ROWS, holds, places
 from .arrays import STORED, Array
 from .encodings import Bfp, Drop, Format, Int, Raw, SliceFormat, Slices, Sparse
 from .encodings.raw import check_integer
@@ -43,10 +39,6 @@ from .errors import KvantError
 from .planes import code_bits, pack_codes, plane_widths, unpack_codes
 
 ALIGN = 64
-ROWS, CHANNEL_QUADS, TOKEN_QUADS = "rows", "channel-quads", "token-quads"
-KINDS = (ROWS, CHANNEL_QUADS, TOKEN_QUADS)
-# Numbers that share a lane of 32 bits; tokens that lie together in channel quads.
-QUAD, TILE = 4, 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +215,7 @@ class PageLayout:
         self._check_tokens(first_token, count)
         for field in self.fields:
             view = self._view(page, field)
-            places = _places(self, field)[self._rows(field, first_token, count)]
+            places = self._places(field)[self._rows(field, first_token, count)]
             shape = (*view.shape[:-1], *places.shape)
             if planes[field.name].shape != shape:
                 raise KvantError(
@@ -239,7 +231,7 @@ class PageLayout:
         self._check_tokens(first_token, count)
         planes = {
             field.name: self._view(page, field)[
-                ..., _places(self, field)[self._rows(field, first_token, count)]
+                ..., self._places(field)[self._rows(field, first_token, count)]
             ]
             for field in self.fields
         }
@@ -252,8 +244,8 @@ class PageLayout:
         other = replace(self, kind=kind)
         copy = np.zeros_like(pages)
         for field in self.fields:
-            elements = self._view(pages, field)[..., _places(self, field)]
-            other._view(copy, field)[..., _places(other, field)] = elements
+            elements = self._view(pages, field)[..., self._places(field)]
+            other._view(copy, field)[..., other._places(field)] = elements
         return copy
 
     def _view(self, page: Array, field: Field) -> Array:
@@ -267,6 +259,9 @@ class PageLayout:
             )
         blocks = page.reshape(*page.shape[:-1], self.heads, self.head_bytes)
         return blocks[..., field.offset : field.offset + field.nbytes].view(field.dtype)
+
+    def _places(self, field: Field) -> Array:
+        return places(self.kind, self.tokens, field.name, *field.shape)
 
     def _rows(self, field: Field, first_token: int, count: int) -> slice:
         tokens_per_row = self.tokens // field.shape[0]
@@ -293,48 +288,6 @@ class PageLayout:
                 where="page layout",
                 fix=f"pass whole groups of {group} tokens inside the page",
             )
-
-
-def holds(kind: str, fmt: Format, tokens: int, channels: int) -> bool:
-    """Return whether pages of a format can have an arrangement.
-
-    Quads take whole heads of integer codes; a plane of channels, a scale's channels and a scale's
-    tokens must then be whole lanes of the sum.
-    """
-    if kind == ROWS:
-        return True
-    if not isinstance(fmt, Int | Bfp) or tokens % TILE:
-        return False
-    widths = [width for _, width in plane_widths(fmt, channels)]
-    group = fmt.block if isinstance(fmt, Bfp) else fmt.group_channels
-    if kind == CHANNEL_QUADS:
-        whole_group = group == 1 or group % QUAD == 0
-        return not any(w % QUAD for w in widths) and whole_group and fits_tokens(fmt, TILE)
-    return fits_tokens(fmt, QUAD)
-
-
-def fits_tokens(fmt: Format, tokens: int) -> bool:
-    """Return whether so many neighbouring tokens always share the scales of channels, if any."""
-    per_channel = isinstance(fmt, Int) and fmt.axis == "channel"
-    return not per_channel or fmt.group_tokens % tokens == 0
-
-
-@lru_cache(maxsize=256)
-def _places(layout: PageLayout, field: Field) -> Array:
-    """Return int64[rows, columns], where the elements of a field are in it."""
-    rows, columns = field.shape
-    places = np.arange(rows * columns)
-    if layout.kind == ROWS:
-        return places.reshape(rows, columns)
-    if field.name not in ("codes", "high"):
-        if rows < layout.tokens:
-            return places.reshape(rows, columns)
-        return places.reshape(columns, rows).T
-    if layout.kind == TOKEN_QUADS:
-        quads = places.reshape(rows // QUAD, columns, QUAD)
-        return quads.swapaxes(1, 2).reshape(rows, columns)
-    tiles = places.reshape(rows // TILE, columns // QUAD, TILE, QUAD)
-    return tiles.swapaxes(1, 2).reshape(rows, columns)
 
 
 @lru_cache(maxsize=256)

@@ -6,9 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .tensors import is_torch
-
-_F32 = np.dtype(np.float32)
+from .tensors import DTYPES, F32, is_torch
 
 
 class Inlet:
@@ -31,7 +29,7 @@ class Inlet:
         Returns: whether it was taken. What is not has another shape, type or place.
         """
         if type(value) is np.ndarray:
-            if value.dtype != _F32 or value.shape != self.array.shape:
+            if value.dtype != F32 or value.shape != self.array.shape:
                 return False
             self.array[...] = value
             return True
@@ -52,4 +50,4 @@ class Inlet:
         # A tensor made in inference mode could not be written outside of it.
         with torch.inference_mode(False):
             self._tensor = torch.from_numpy(self.array)
-        self._dtypes = (torch.float32, torch.bfloat16, torch.float16)
+        self._dtypes = tuple(getattr(torch, name) for name in DTYPES)

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..ir.arrangements import ROWS
 from ..ir.attention import EXACT, attend, round_queries
 from ..ir.encodings import Bfp, Int
 from ..ir.errors import KvantError
 from ..ir.integers import Coded, Integers
-from ..ir.layouts import ROWS, PageLayout
+from ..ir.layouts import PageLayout
 from ..ir.maps import apply
 from ..ir.plan import AttentionPlan, StreamPlan
 from ..ir.tolerance import score_rounding

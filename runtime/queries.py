@@ -13,12 +13,10 @@ from numpy.typing import NDArray
 
 from ..ir.errors import KvantError
 from .columns import Columns, from_end, to_end
-from .stream import Floats, Kernels, Stream, holds_window, rows_of
+from .stream import Floats, Kernels, Pair, Stream, holds_window, rows_of
 
 
-def check_queries(
-    columns: Columns, streams: tuple[Stream, Stream], tokens: int, where: str
-) -> None:
+def check_queries(columns: Columns, streams: Pair, tokens: int, where: str) -> None:
     """Refuse queries that see what was given back.
 
     Args:

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
+from ..ir.arrangements import ROWS
 from ..ir.errors import KvantError
-from ..ir.layouts import ROWS
 from ..ir.plan import AttentionPlan, StreamPlan
 from . import strict_json
 from .columns import Columns, Ints, new_columns

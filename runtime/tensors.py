@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ..ir.errors import KvantError
 
-_DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +31,10 @@ class Kind:
     dtype: str
 
 
-_F32 = np.dtype(np.float32)
+F32 = np.dtype(np.float32)
 _NUMPY_F32 = Kind("numpy", "float32")
 _LAYOUT: tuple[Literal["C", "A", "W"], ...] = ("C", "A", "W")
-_KINDS = {dtype: Kind("torch", dtype) for dtype in _DTYPES}
+_KINDS = {dtype: Kind("torch", dtype) for dtype in DTYPES}
 
 
 def is_torch(value: object) -> bool:
@@ -89,7 +89,7 @@ def kind_of_tensor(name: str, tensor: Any) -> Kind:
     """Return what a torch tensor is. Raises: KvantError "wrong-dtype"."""
     kind = _KINDS.get(_name(tensor.dtype))
     if kind is None:
-        raise _wrong_dtype(name, _name(tensor.dtype), " or ".join(_DTYPES))
+        raise _wrong_dtype(name, _name(tensor.dtype), " or ".join(DTYPES))
     return kind
 
 
@@ -129,7 +129,7 @@ def read_floats(name: str, value: object) -> tuple[NDArray[np.float32], Kind]:
 
     Raises: KvantError "wrong-type", "wrong-dtype" or "wrong-device".
     """
-    if type(value) is np.ndarray and value.dtype == _F32 and value.flags.carray:
+    if type(value) is np.ndarray and value.dtype == F32 and value.flags.carray:
         return value, _NUMPY_F32  # the common case in a decoding loop, without a copy
     if is_torch(value):
         tensor: Any = value
@@ -141,8 +141,8 @@ def read_floats(name: str, value: object) -> tuple[NDArray[np.float32], Kind]:
         return (array if array.flags.carray else np.require(array, np.float32, _LAYOUT)), kind
     if not isinstance(value, np.ndarray):
         raise _wrong_type(name, value, "a torch tensor or a NumPy array")
-    if value.dtype.name not in _DTYPES or not value.dtype.isnative:
-        raise _wrong_dtype(name, value.dtype, " or ".join(_DTYPES) + " in native byte order")
+    if value.dtype.name not in DTYPES or not value.dtype.isnative:
+        raise _wrong_dtype(name, value.dtype, " or ".join(DTYPES) + " in native byte order")
     return np.require(value, np.float32, _LAYOUT), Kind("numpy", value.dtype.name)
 
 

@@ -164,7 +164,7 @@ def _check_layer(
             ours, theirs = (cache.layers[0].streams[i] for cache in caches)
             shares.append(_stored_share(ours, theirs, given))
         q = rng.standard_normal((BATCH, plan.q_heads, min(tokens, queries), plan.k.channels))
-        error = _computed_share(caches[0], reference, layer, plan, q.astype(np.float32))
+        error = computed_share(caches[0], reference, layer, plan, q.astype(np.float32))
         results.append((max(shares), error))
         caches[0].check()
         if not max(shares) <= 1.0 or not error <= 1.0:
@@ -213,7 +213,7 @@ def _stored_share(ours: Stream, theirs: Stream, given: Array) -> float:
     return _rms(a - b) / allowed if allowed else 0.0
 
 
-def _computed_share(
+def computed_share(
     cache: Cache, reference: ReferenceKernels, layer: int, plan: AttentionPlan, q: Floats
 ) -> float:
     """Return the error of attend over the same pages, as a share of what is allowed."""

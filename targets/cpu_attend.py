@@ -16,8 +16,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+from ..ir.arrangements import CHANNEL_QUADS, ROWS, TOKEN_QUADS
 from ..ir.encodings import Drop, Raw
-from ..ir.layouts import CHANNEL_QUADS, ROWS, TOKEN_QUADS
 from ..ir.plan import AttentionPlan
 from .cpu_math import NEGATIVE
 from .cpu_pages import PageReader, Readers

@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
+from ..ir.arrangements import ROWS
 from ..ir.encodings import Raw
-from ..ir.layouts import ROWS
 from ..ir.plan import AttentionPlan
 from ..ir.planes import code_bits
 from .cpu_attend import MOST_SCORE_ROWS, MOST_VALUE_ROWS, attend

@@ -17,7 +17,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from .cpu_text import Kernel, at, bits_as, pure, splat
+from ..ir.arrangements import QUAD
+from .cpu_text import Kernel, at, bits_as, cast, pure, splat
 from .machines import Cpu
 
 BYTE_PAIRS = {
@@ -32,6 +33,8 @@ WORD_PAIRS = {
 }
 NEON = {"neon": "llvm.aarch64.neon.sdot", "neon-i8mm": "llvm.aarch64.neon.usdot"}
 
+# Numbers 0, 1, 2, 3 of a quad of 16-bit integers lie in this order: even ones, odd ones.
+EVEN_ODD = (0, 2, 1, 3)
 # Products that are written out one after another; a loop of more takes long to compile.
 MOST_WRITTEN_OUT = 128
 
@@ -122,6 +125,14 @@ class Dots:
             kernel.let("word", f"({first}) * {self.words} + i")
             target = at(f"{buffer}_laid_out", f"word * {self.lanes}", self.lanes)
             kernel.line(f"{target} = {splat(self._word(buffer, 'word'), self.lanes)}")
+
+    def store(self, kernel: Kernel, buffer: str, place: str, value: str, lanes: int) -> None:
+        """Store whole numbers, f32, as integers of a buffer; of 16 bits in the order EVEN_ODD."""
+        whole = cast(self.integers, cast("int32", value, lanes), lanes)
+        if self.wide_codes:
+            order = [i // QUAD * QUAD + EVEN_ODD[i % QUAD] for i in range(lanes)]
+            whole = f"T.Shuffle([{kernel.fresh('natural', whole)}], {order})"
+        kernel.line(f"{at(buffer, place, lanes)} = {whole}")
 
     def declare_sums(self, kernel: Kernel, total: int) -> None:
         """Declare `acc`, int32[total * lanes]."""

@@ -18,13 +18,12 @@ from math import gcd
 
 import numpy as np
 
+from ..ir.arrangements import CODES, QUAD, ROWS, TILE, TOKEN_QUADS
 from ..ir.encodings import Bfp, Drop, Int, Raw, Sparse
-from ..ir.layouts import QUAD, ROWS, TILE, TOKEN_QUADS, PageLayout, Part
+from ..ir.layouts import PageLayout, Part
 from ..ir.plan import StreamPlan
 from ..ir.planes import code_bits
 from .cpu_text import Kernel, as_f32, at, bit_field, bits_as, cast, number, splat
-
-CODES = ("codes", "high")
 
 
 @dataclass(frozen=True, slots=True)

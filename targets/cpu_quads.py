@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from math import gcd
 
+from ..ir.arrangements import CHANNEL_QUADS, QUAD, ROWS, TOKEN_QUADS, fits_tokens, holds
 from ..ir.encodings import Bfp, Int
 from ..ir.integers import BLOCK
-from ..ir.layouts import CHANNEL_QUADS, QUAD, ROWS, TOKEN_QUADS, PageLayout, fits_tokens, holds
+from ..ir.layouts import PageLayout
 from ..ir.plan import AttentionPlan, StreamPlan
 from ..ir.planes import code_bits, plane_widths
 from .machines import Cpu

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..ir.layouts import ROWS, PageLayout
+from ..ir.arrangements import ROWS
+from ..ir.layouts import PageLayout
 from ..ir.plan import AttentionPlan, StreamPlan
 from .cpu_pages import Readers, declare_pages, open_page, readers_of
 from .cpu_text import Kernel

@@ -13,19 +13,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from math import gcd
 
+from ..ir.arrangements import QUAD
 from ..ir.integers import most_integer
-from ..ir.layouts import QUAD
 from ..ir.planes import code_bits
-from .cpu_dots import Add, Dots
+from .cpu_dots import EVEN_ODD, Add, Dots
 from .cpu_pages import PageReader
 from .cpu_quads import lanes_of
 from .cpu_rows import Rows
 from .cpu_text import Kernel, at, cast, fma, fold, number, pure, rint, splat
 from .machines import Cpu
-
-# Codes 0, 1, 2, 3 of a quad of 16-bit integers lie in this order: even codes, odd codes.
-EVEN_ODD = (0, 2, 1, 3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +80,7 @@ def score_scratch_int(kernel: Kernel, keys: KeyDots) -> None:
             kernel.line(f"q_integers[i * {QUAD} + {place}] = {code}")
     keys.dots.write_layout(kernel, "q_integers", "T.int64(0)", rows * keys.quads)
     kernel.scratch("q_sums", rows * reader.groups)
-    lanes = min(8, reader.group)
+    lanes = gcd(8, reader.group)
     kernel.scratch("sum", lanes)
     with kernel.block(f"for i in T.serial(T.int64({rows * reader.groups}))"):
         kernel.line(f"{at('sum', '0', lanes)} = {number(0.0, lanes)}")
@@ -224,8 +222,8 @@ def _write_token_scales(kernel: Kernel, keys: KeyDots, rows: Rows, group: int, s
 
 def _write_rounding(kernel: Kernel, keys: KeyDots, rows: Rows) -> None:
     """Fill the integers of q times the scales of token group g, their steps and zero points."""
-    reader, width, lanes = keys.reader, keys.reader.width, min(keys.dots.lanes, keys.reader.width)
-    lanes = next(n for n in (lanes, lanes // 2, lanes // 4, 1) if width % n == 0)
+    reader, width = keys.reader, keys.reader.width
+    lanes = gcd(keys.dots.lanes, width)
     most = most_integer(keys.dots.bits)
     kernel.scratch("most", lanes)
     with kernel.block(f"for r in T.serial({rows.first}, {rows.first} + {rows.count})"):
@@ -247,23 +245,9 @@ def _write_rounding(kernel: Kernel, keys: KeyDots, rows: Rows) -> None:
             kernel.let("n", rint(f"{u} * {splat('inverse', lanes)}", lanes))
             ratio = reader.zero_by_scale("g", f"j * {lanes}", lanes, "scale")
             kernel.line(f"{at('most', '0', lanes)} = {fma('n', ratio, at('most', '0', lanes))}")
-            _write_integers(kernel, keys, "n", f"r * {width} + j * {lanes}", lanes)
+            keys.dots.store(kernel, "q_integers", f"r * {width} + j * {lanes}", "n", lanes)
         fold(kernel, "most", lanes, "({} + {})")
         kernel.line("q_zeros[r] = most[0] * q_steps[r]")
     keys.dots.write_layout(
         kernel, "q_integers", f"{rows.first} * {keys.quads}", rows.count * keys.quads
     )
-
-
-def _write_integers(kernel: Kernel, keys: KeyDots, value: str, place: str, lanes: int) -> None:
-    """Store whole numbers as integers; of 16 bits in the order of EVEN_ODD."""
-    dtype = keys.dots.integers
-    whole = cast(dtype, cast("int32", value, lanes), lanes)
-    if not keys.dots.wide_codes:
-        kernel.line(f"{at('q_integers', place, lanes)} = {whole}")
-        return
-    kernel.scratch("row", lanes, dtype)
-    kernel.line(f"{at('row', '0', lanes)} = {whole}")
-    for i in range(lanes):
-        target = i // QUAD * QUAD + EVEN_ODD.index(i % QUAD)
-        kernel.line(f"q_integers[{place} + {target}] = row[{i}]")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..ir.layouts import QUAD
+from ..ir.arrangements import QUAD
 from ..ir.planes import code_bits
 from .cpu_pages import PageReader
 from .cpu_quads import lanes_of, value_lanes

@@ -13,14 +13,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..ir.arrangements import QUAD
 from ..ir.integers import BLOCK, most_integer
-from ..ir.layouts import QUAD
 from ..ir.planes import code_bits
 from .cpu_dots import Add, Dots
 from .cpu_pages import PageReader
 from .cpu_quads import lanes_of, value_lanes
 from .cpu_rows import Rows
-from .cpu_scores_int import EVEN_ODD, inverse_of, write_plane, write_quads
+from .cpu_scores_int import inverse_of, write_plane, write_quads
 from .cpu_text import Kernel, at, cast, fma, fold, number, rint, splat
 from .machines import Cpu
 
@@ -68,7 +68,7 @@ def value_scratch_int(kernel: Kernel, values: ValueDots) -> None:
     kernel.scratch("w_integers", rows * groups * blocks * BLOCK, values.dots.integers)
     values.dots.declare(kernel, "w_integers", rows * groups * blocks * BLOCK // QUAD)
     kernel.scratch("w_steps", rows * groups * blocks)
-    # Sums of weights times zero points: of a page, or of each block with scales of channels.
+    # Sums of a block's rounded weights times zero points; with scales of channels, of the weights.
     kernel.scratch("w_zeros", rows * groups * blocks)
 
 
@@ -138,23 +138,13 @@ def _write_integers(kernel: Kernel, values: ValueDots, rows: Rows, group: int) -
             total = at(f"most{r}", "0", lanes)
             kernel.line(f"{total} = {fma(n, 'zero', total)}")
             place = f"{_first_integer(values, rows, r, str(group))} + i * {lanes}"
-            _store(kernel, values, n, place, lanes)
+            values.dots.store(kernel, "w_integers", place, n, lanes)
     for r in range(rows.count):
         fold(kernel, f"most{r}", lanes, "({} + {})")
         index = _step(values, rows, r, str(group))
         kernel.line(f"w_zeros[{index}] = most{r}[0] * w_steps[{index}]")
         first = f"T.truncdiv({_first_integer(values, rows, r, str(group))}, {QUAD})"
         values.dots.write_layout(kernel, "w_integers", first, BLOCK // QUAD)
-
-
-def _store(kernel: Kernel, values: ValueDots, n: str, place: str, lanes: int) -> None:
-    """Store whole numbers as integers; of 16 bits even ones before odd ones."""
-    dtype = values.dots.integers
-    whole = cast(dtype, cast("int32", n, lanes), lanes)
-    if values.dots.wide_codes:
-        order = [i // QUAD * QUAD + EVEN_ODD[i % QUAD] for i in range(lanes)]
-        whole = f"T.Shuffle([{kernel.fresh('natural', whole)}], {order})"
-    kernel.line(f"{at('w_integers', place, lanes)} = {whole}")
 
 
 def _inside(value: str, other: str) -> str:

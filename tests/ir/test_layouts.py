@@ -8,16 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvant.ir.arrangements import CHANNEL_QUADS, KINDS, TOKEN_QUADS, holds
 from kvant.ir.encodings import Bfp, Int, Raw
 from kvant.ir.errors import KvantError
-from kvant.ir.layouts import (
-    CHANNEL_QUADS,
-    KINDS,
-    TOKEN_QUADS,
-    PageLayout,
-    holds,
-    page_tokens,
-)
+from kvant.ir.layouts import PageLayout, page_tokens
 from kvant.ir.planes import pack_plane, unpack_plane
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from kvant.ir.layouts import ROWS
+from kvant.ir.arrangements import ROWS
 from kvant.runtime.cache import Cache
 from kvant.runtime.stream import Stream
 

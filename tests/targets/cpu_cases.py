@@ -132,6 +132,58 @@ DENSE_SPARSE = plan_of(
     v_tokens={"recent": 32},
 )
 
+# Integer dot products: each format that has them, on both sides, with many scales and with one.
+INTEGER_PLANS: dict[str, AttentionPlan] = {
+    "kivi-2bit-int": replace(KIVI, compute="int"),
+    "int3-int": plan_of(
+        int_format(3, "channel", 32, params="f32", zero="none"),
+        int_format(3, "token", 64, zero="int"),
+        heads=1,
+        group=8,
+        d=128,
+        dv=64,
+        compute="int",
+        window=100,
+    ),
+    "int8-channel-int": plan_of(
+        int_format(8, "channel", 48, zero="int", params="bf16"),
+        int_format(8, "channel", 64),
+        group=3,
+        d=48,
+        dv=32,
+        compute="int",
+    ),
+    "int8-int": plan_of(
+        int_format(8, "token", 32, zero="none"),
+        int_format(8, "token", 32, zero="none", params="f32"),
+        group=1,
+        d=256,
+        dv=128,
+        compute="int",
+        k_tokens={"sink": 3},
+        v_tokens={"sink": 3, "recent": 40},
+    ),
+    "bfp-int": plan_of(
+        Bfp(8, 12),
+        Bfp(4, 32),
+        group=7,
+        d=72,
+        dv=64,
+        compute="int",
+        softcap=20.0,
+        v_tokens={"recent": 64, "flush": "block"},
+    ),
+    "int4-groups-d192-int": plan_of(
+        int_format(4, "token", 64, zero="int"),
+        int_format(4, "channel", 32, zero="none"),
+        group=5,
+        d=192,
+        dv=80,
+        compute="int",
+        window=130,
+    ),
+}
+
 # Each format stands on both sides, each option somewhere; head sizes 32 to 256, groups 1 to 8.
 PLANS: dict[str, AttentionPlan] = {
     "int4-token": HEADLINE,
@@ -180,53 +232,7 @@ PLANS: dict[str, AttentionPlan] = {
         v_tokens={"recent": 64, "flush": "block"},
         sinks="kvant.sinks",
     ),
-    # Integer dot products: each format that has them, on both sides, with many scales and with one.
-    "kivi-2bit-int": replace(KIVI, compute="int"),
-    "int3-int": plan_of(
-        int_format(3, "channel", 32, params="f32", zero="none"),
-        int_format(3, "token", 64, zero="int"),
-        heads=1,
-        group=8,
-        d=128,
-        dv=64,
-        compute="int",
-        window=100,
-    ),
-    "int8-channel-int": plan_of(
-        int_format(8, "channel", 48, zero="int", params="bf16"),
-        int_format(8, "channel", 64),
-        group=3,
-        d=48,
-        dv=32,
-        compute="int",
-    ),
-    "int8-int": plan_of(
-        int_format(8, "token", 32, zero="none"),
-        int_format(8, "token", 32, zero="none", params="f32"),
-        group=1,
-        d=256,
-        dv=128,
-        compute="int",
-        k_tokens={"sink": 3},
-        v_tokens={"sink": 3, "recent": 40},
-    ),
-    "bfp-int": plan_of(
-        Bfp(8, 16),
-        Bfp(4, 32),
-        group=7,
-        compute="int",
-        softcap=20.0,
-        v_tokens={"recent": 64, "flush": "block"},
-    ),
-    "int4-groups-d192-int": plan_of(
-        int_format(4, "token", 64, zero="int"),
-        int_format(4, "channel", 32, zero="none"),
-        group=5,
-        d=192,
-        dv=80,
-        compute="int",
-        window=130,
-    ),
+    **INTEGER_PLANS,
     "split-2bit": SPLIT,
     "slices": plan_of(
         slices(

@@ -25,14 +25,14 @@ from kvant.targets.cpu import compile_cpu, emit, this_cpu
 from ..runtime.cache_bytes import stored_bytes
 from ..runtime.cache_random import make_case, random_plan
 from ..runtime.cache_runner import Case, Seen, random_kv, run_case
-from .cpu_cases import INTEGER, PLANS, constants_of, kernels_of, loaded
+from .cpu_cases import INTEGER, INTEGER_PLANS, PLANS, constants_of, kernels_of, loaded
 from .cpu_pairs import PAIRS, pairs
 from .cpu_pairs_long import PAIRS_LONG
 
 Record = Callable[[str, object], None]
 SHORT = PLANS | {f"pairs-{i}": plan for i, plan in enumerate(PAIRS)}
 LONG = {f"pairs-long-{i}": plan for i, plan in enumerate(PAIRS_LONG)}
-IN_ALL, IN_ALL_LONG = 2_000, 4_000
+IN_ALL, IN_ALL_LONG = 2_475, 4_500
 BULK, THREADS = 8, 6
 # Of a vector of values of INTEGER, which are those of a register.
 LANES = this_cpu().vector // 4
@@ -52,7 +52,8 @@ def test_the_plans_cover_pairs_of_options() -> None:
     every = pairs([*SHORT.values(), *LONG.values()])
     assert len(every) > 660
     assert len(pairs(SHORT.values())) > 0.85 * len(every)
-    assert len(pairs(PLANS.values())) < 0.7 * len(every)
+    first = [plan for name, plan in PLANS.items() if name not in INTEGER_PLANS]
+    assert len(pairs(first)) < 0.6 * len(every)
 
 
 @pytest.mark.parametrize("name", SHORT)
@@ -91,7 +92,7 @@ def run_cases(name: str, plan: AttentionPlan, count: int, record_property: Recor
     record_property("cases of these mistrusted: 0.1 % on the scale would not show", mistrusted)
     record_property("cases of attends over poisoned tails and pages, same bits", poisoned)
     assert worst > 0
-    assert mistrusted <= 0.25 * count, "so many cases prove nothing that the others should be more"
+    assert mistrusted <= 0.2 * count, "so many cases prove nothing that the others should be more"
 
 
 def lengths_of(plan: AttentionPlan) -> list[int]:
