@@ -21,7 +21,7 @@ help:
 	@echo "make test       lint, types, architecture and all tests that take minutes together"
 	@echo "make test-long  the same promises over many more cases (downloads Gemma-3-270M, 240 MB)"
 	@echo "make golden     renew the golden files (then read the diff)"
-	@echo "make bench-cpu  our CPU kernels beside every other engine, in 10 minutes on a quiet machine"
+	@echo "make bench-cpu  our CPU kernels beside every other engine, in 15 minutes on a quiet machine"
 
 venv: $(STAMP)
 
@@ -58,7 +58,8 @@ golden: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/kvant bench --shape 32x8x128 -r int4-token -t cpu --context 4096
 
-# BENCH=--keep goes on where a busy machine stopped the last run.
+# BENCH=--keep goes on where a busy machine stopped the last run; bench-cpu-full always does, so it can
+# be stopped and run again until it is through.
 # hqq has a folder of its own: transformers imports it wherever it finds it, which takes seconds.
 $(PEERS): $(STAMP)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt onnx onnxruntime xllamacpp ik-llama-cpp-python optimum-quanto

@@ -1,6 +1,6 @@
 """Our CPU kernels beside every CPU engine that installs from a wheel: `make bench-cpu`.
 
-    python bench/cpu.py --headline                 the first table; about ten minutes
+    python bench/cpu.py --headline                 the first tables; about 15 minutes
     python bench/cpu.py --full                     the whole grid; hours
     python bench/cpu.py --cell int4-token,32x8x128,4096,1,1 --peer ik_q4_0     one pair, printed
     python bench/cpu.py --render                   docs/bench-cpu.md again from its data
@@ -8,7 +8,7 @@
 Each pair has a process of its own. A cell is recipe, shape, context, batch, threads. What a busy
 machine gave is refused; --even-if-busy prints numbers all the same and publishes none.
 docs/bench-cpu.json and its page are written when all pairs are through; --keep goes on where a run
-was stopped.
+was stopped, and --full always does: it measures what has no number from these very kernels.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from typing import Any
 
 import cpu_cells as cells
 import cpu_measure
+import cpu_recipes
 import cpu_render
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,38 +39,13 @@ PACKAGES = (
     "numpy",
     "apache-tvm",
 )
-PROGRESS = ROOT / "build" / "bench-cpu.json"  # what is published once it is complete
+PROGRESS = {  # what is published once it is complete
+    "headline": ROOT / "build" / "bench-cpu.json",
+    "full": ROOT / "build" / "bench-cpu-full.json",
+}
+RETRIES = 2  # of what was refused because the machine was busy
 LONGEST = 3600  # seconds of one pair
 PATIENCE = 4  # pairs refused one after another, because the machine was busy, before we stop
-
-
-def artifact(root: Path, recipe: str, shape: str) -> Path:
-    """Return the folder of an artifact for this machine, compiled at the first call."""
-    import kvant
-
-    folder = root / f"{recipe}-{shape}.kvant"
-    if not folder.exists():
-        heads = cells.numbers_of(shape)
-        kvant.compile(kvant.Shape(*heads), recipe, ["cpu"], out=folder)
-    return folder
-
-
-def recipes() -> list[str]:
-    """Return the recipes that need no model."""
-    import kvant
-    from kvant.compiler import recipe
-
-    found = []
-    with tempfile.TemporaryDirectory(prefix="kvant-") as folder:
-        for name in recipe.names():
-            try:
-                kvant.compile(kvant.Shape(2, 1, 64), name, ["reference"], out=Path(folder) / name)
-            except kvant.KvantError as error:
-                if error.code not in ("needs-a-model", "needs-weights"):
-                    raise
-                continue
-            found.append(name)
-    return found
 
 
 def pair(cell: cells.Cell, peer: str, root: Path, even_if_busy: bool = False) -> dict[str, Any]:
@@ -80,7 +56,7 @@ def pair(cell: cells.Cell, peer: str, root: Path, even_if_busy: bool = False) ->
         gib = f"{need / 2**30:.0f} GiB, {have / 2**30:.0f} are free"
         return row | {"refused": f"does not fit: needs about {gib}"}
     names = [cell.recipe] + [peer.removeprefix(cells.OURS)] * peer.startswith(cells.OURS)
-    folders = [artifact(root, name, cell.shape) for name in names]
+    folders = [cpu_recipes.compiled(root, name, cells.numbers_of(cell.shape)) for name in names]
     cpu_measure.pin(cell.threads)
     import cpu_pair  # the engines are loaded after this process was pinned
 
@@ -120,6 +96,7 @@ def source() -> str:
     files = [
         p for folder in ("ir", "passes", "runtime", "targets") for p in ROOT.glob(f"{folder}/**/*")
     ]
+    files = [p for p in files if not p.name.startswith("gpu_")]
     digest = hashlib.sha256()
     for path in sorted(p for p in files if p.suffix in (".py", ".c")):
         digest.update(path.read_bytes())
@@ -127,52 +104,90 @@ def source() -> str:
 
 
 def begin(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the data that rows are added to.
+    """Return the data that rows are added to: with --keep, those that these kernels gave before.
 
-    Raises: SystemExit if rows should be kept that another machine, engine or source gave.
+    Raises: SystemExit if rows should be kept that another machine or engine gave.
     """
     data = {"machine": cells.machine(), "versions": versions(), "source": source()}
     if not options.keep or not options.data.exists():
         return data | {"cells": [], "models": []}
     kept: dict[str, Any] = json.loads(options.data.read_text())
-    for name, value in data.items():
-        if kept[name] != value:
+    for name in ("machine", "versions"):
+        if kept[name] != data[name]:
             raise SystemExit(f"{options.data} is of another {name}: measure without --keep")
     for name in ("cells", "models"):
-        kept[name] = [row for row in kept[name] if "refused" not in row and "busy" not in row]
-    return kept
+        rows = [row for row in kept[name] if row.get("source") == data["source"]]
+        data[name] = [row for row in rows if "busy" not in row and not _again(row)]
+    return data
+
+
+def _again(row: dict[str, Any]) -> bool:
+    """Return whether a row may get a number if it is tried again."""
+    why = str(row.get("refused", ""))
+    return bool(why) and not why.startswith("does not fit")
 
 
 def sweep(pairs: list[tuple[cells.Cell, str]], options: argparse.Namespace) -> None:
-    """Measure pairs one after another, then the model; the data is written after each."""
+    """Measure pairs one after another, then the model, then again what was refused for noise.
+
+    The data is written after each.
+    """
     data = begin(options)
-    done = {cells.key(row) for row in data["cells"]}
-    pairs = [(cell, peer) for cell, peer in pairs if (str(cell), peer) not in done]
-    measured = {row["what"] for row in data["models"]}
-    fresh: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="kvant-bench-") as folder:
         root = str(options.artifacts or folder)
-        for number, (cell, peer) in enumerate(pairs, 1):
-            call = ["--cell", str(cell), "--peer", peer, "--artifacts", root]
-            row = {**asdict(cell), "peer": peer} | _child(call, options)
-            print(f"{number}/{len(pairs)} {cpu_render.line(row)}", flush=True)
-            data["cells"].append(row)
-            fresh.append(row)
-            _write(data, options.data)
-            _stop_if_busy(fresh)
-        for name, whats in cells.MODELS.items():
-            if measured.issuperset(whats):
-                continue
-            given = _child(["--model", name, "--artifacts", root], options)
-            none = [{"what": what, "refused": given.get("refused", "no row")} for what in whats]
-            found = given.get("rows", none)
-            print("\n".join(cpu_render.model_line(row) for row in found), flush=True)
-            kept = [row for row in data["models"] if row["what"] not in whats]
-            data["models"] = kept + found
-            _write(data, options.data)
-    if options.data == PROGRESS and not options.even_if_busy:
+        done = {cells.key(row) for row in data["cells"]}
+        _measure_pairs([x for x in pairs if (str(x[0]), x[1]) not in done], data, root, options)
+        measured = {row["what"] for row in data["models"]}
+        models = [name for name, what in cells.MODELS.items() if not measured.issuperset(what)]
+        _measure_models(models, data, root, options)
+        for _ in range(RETRIES):
+            noisy = [row for row in data["cells"] if _noisy(row)]
+            lost = {row["what"] for row in data["models"] if _noisy(row)}
+            data["cells"] = [row for row in data["cells"] if not _noisy(row)]
+            again = [(cells.parse_cell(name), peer) for name, peer in map(cells.key, noisy)]
+            _measure_pairs(again, data, root, options)
+            models = [name for name, what in cells.MODELS.items() if lost & set(what)]
+            _measure_models(models, data, root, options)
+    _write(data, options.data)
+    if options.data in PROGRESS.values() and not options.even_if_busy:
         _write(data, DATA)
         PAGE.write_text(cpu_render.page(data), encoding="utf-8")
+
+
+def _noisy(row: dict[str, Any]) -> bool:
+    return str(row.get("refused", "")).startswith("machine busy")
+
+
+def _measure_pairs(
+    pairs: list[tuple[cells.Cell, str]],
+    data: dict[str, Any],
+    root: str,
+    options: argparse.Namespace,
+) -> None:
+    """Add a row for each pair."""
+    fresh: list[dict[str, Any]] = []
+    for number, (cell, peer) in enumerate(pairs, 1):
+        call = ["--cell", str(cell), "--peer", peer, "--artifacts", root]
+        row = {**asdict(cell), "peer": peer} | _child(call, options) | {"source": data["source"]}
+        print(f"{number}/{len(pairs)} {cpu_render.line(row)}", flush=True)
+        data["cells"].append(row)
+        fresh.append(row)
+        _write(data, options.data)
+        _stop_if_busy(fresh)
+
+
+def _measure_models(
+    names: list[str], data: dict[str, Any], root: str, options: argparse.Namespace
+) -> None:
+    """Add the rows of some of MODELS, in place of those there are."""
+    for name in names:
+        whats = cells.MODELS[name]
+        given = _child(["--model", name, "--artifacts", root], options)
+        none = [{"what": what, "refused": given.get("refused", "no row")} for what in whats]
+        found = [row | {"source": data["source"]} for row in given.get("rows", none)]
+        print("\n".join(cpu_render.model_line(row) for row in found), flush=True)
+        data["models"] = [row for row in data["models"] if row["what"] not in whats] + found
+        _write(data, options.data)
 
 
 def _stop_if_busy(rows: list[dict[str, Any]]) -> None:
@@ -204,9 +219,7 @@ def main() -> None:
     what.add_argument("--model", choices=cells.MODELS, help="a row on SmolLM2")
     what.add_argument("--render", action="store_true", help="the page from the data there is")
     parser.add_argument("--peer", default="ik_q4_0", help="see PEERS; kvant:RECIPE for ours")
-    parser.add_argument(
-        "--data", type=Path, default=PROGRESS, help="where rows are kept until all are there"
-    )
+    parser.add_argument("--data", type=Path, help="where rows are kept until all are there")
     parser.add_argument("--keep", action="store_true", help="go on: measure what has no number yet")
     parser.add_argument("--even-if-busy", action="store_true", help="print noisy numbers")
     parser.add_argument("--artifacts", type=Path, help="where compiled artifacts are kept")
@@ -215,7 +228,9 @@ def main() -> None:
     if options.render:
         PAGE.write_text(cpu_render.page(json.loads(DATA.read_text())), encoding="utf-8")
     elif options.headline or options.full:
-        names, cores = recipes(), cells.machine()["cores"]
+        names, cores = cpu_recipes.names(), cells.machine()["cores"]
+        options.data = options.data or PROGRESS["full" if options.full else "headline"]
+        options.keep = options.keep or options.full
         pairs = cells.headline(names, cores)
         pairs += cells.whole_grid(names, cores) if options.full else []
         sweep(list(dict.fromkeys(pairs)), options)

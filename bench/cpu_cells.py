@@ -14,6 +14,8 @@ BATCHES = (1, 4)
 MAIN = "32x8x128"
 OURS = "kvant:"  # a peer that is another recipe of ours
 PROBE = "read_bandwidth"
+PREFILL = "torch_prefill"  # a block of queries, causal, instead of one
+QUERIES = 512
 BF16_DOTS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
 FLAGS = ("avx2", "fma", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
 FLAGS_ARM = ("asimddp", "i8mm", "bf16", "sve")
@@ -32,6 +34,7 @@ PAIRS: dict[str, tuple[str, ...]] = {
     "int8-token": ("ik_q8_0", "llama_q8_0", "ort_int8"),
     "kivi-4bit": ("ik_q4_0",),
     "kivi-2bit": ("ik_q4_0", OURS + "int4-token"),
+    "quarot-kv2": ("ik_q4_0", OURS + "int4-token"),
 }
 """Whom each recipe meets at every point of the grid; other recipes meet our own int4-token."""
 
@@ -52,13 +55,23 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """A row of the first table: what time of peer / ours must reach, or a share of bandwidth."""
+    """A row of the first table.
+
+    Attributes:
+        text: what is compared.
+        must: what it has to reach; none for what is only shown.
+        aim: what it should reach.
+        cells: where; the worst one counts.
+        peers: whom each cell meets; the best one counts.
+        of: what is measured: "time" of peer / ours, share of the "bandwidth", or of the "limit".
+    """
 
     text: str
-    must: float
-    aim: float
+    must: float | None
+    aim: float | None
     cells: tuple[Cell, ...]
     peers: tuple[str, ...]
+    of: str = "time"
 
 
 def _cells(recipe: str, contexts: tuple[int, ...], threads: tuple[int, ...]) -> tuple[Cell, ...]:
@@ -67,7 +80,17 @@ def _cells(recipe: str, contexts: tuple[int, ...], threads: tuple[int, ...]) -> 
 
 _BOTH, _SHORT = (1, 2), (4096, 16384)
 _INT4, _INT8 = _cells("int4-token", _SHORT, _BOTH), _cells("int8-token", (16384,), _BOTH)
-_WIDE = (Cell("kivi-2bit", "32x32x128", 32768, 1, 1), Cell("kivi-2bit", "32x32x128", 32768, 1, 2))
+_LONG = (65536,)
+_LIMITED = (
+    *_cells("int4-token", (*_SHORT, *_LONG), _BOTH),
+    *_cells("quarot-kv2", (16384, *_LONG), _BOTH),
+    *_cells("kivi-2bit", _LONG, _BOTH),
+)
+
+
+def _wide(recipe: str) -> tuple[Cell, ...]:
+    return tuple(Cell(recipe, "32x32x128", 32768, 1, threads) for threads in _BOTH)
+
 
 GOALS = (
     Goal("int4 decode at 4k and 16k vs ik_llama.cpp q4_0", 1.2, 2.0, _INT4, ("ik_q4_0",)),
@@ -77,15 +100,64 @@ GOALS = (
     Goal("int8 decode vs ONNX Runtime int8", 2.0, 4.0, _INT8, ("ort_int8",)),
     Goal("int4 decode vs ONNX Runtime int4", 5.0, 8.0, _INT4, ("ort_int4",)),
     Goal("int4 decode vs the best of torch SDPA", 3.0, 5.0, _INT4, ("torch_f32", "torch_bf16")),
-    Goal("2-bit decode vs our int4, 32x32x128, beyond L3", 1.3, 1.7, _WIDE, (OURS + "int4-token",)),
+    *(
+        Goal(
+            f"2-bit (`{recipe}`) decode vs our int4, 32x32x128, beyond L3",
+            1.3,
+            1.7,
+            _wide(recipe),
+            (OURS + "int4-token",),
+        )
+        for recipe in ("quarot-kv2", "kivi-2bit")
+    ),
     Goal(
         "int8 at 64k, 2 threads: share of measured read bandwidth",
         0.7,
         0.9,
         (Cell("int8-token", MAIN, 65536, 1, 2),),
         (PROBE,),
+        "bandwidth",
+    ),
+    Goal("int4 and 2-bit: share of the machine's limit", 0.7, 0.85, _LIMITED, (PROBE,), "limit"),
+)
+
+AVX2 = "x86-64-v3"
+"""The processor that the wheels of the two builds of ggml are made for."""
+
+SHOWN = (
+    Goal(
+        f"int4 decode, our kernels for {AVX2}, vs ik_llama.cpp q4_0",
+        None,
+        None,
+        _cells(f"int4-token@{AVX2}", _SHORT, _BOTH),
+        ("ik_q4_0",),
+    ),
+    Goal(
+        f"int8 decode, our kernels for {AVX2}, vs ik_llama.cpp q8_0",
+        None,
+        None,
+        _cells(f"int8-token@{AVX2}", _SHORT, _BOTH),
+        ("ik_q8_0",),
+    ),
+    Goal(
+        f"prefill: {QUERIES} queries at the end of a 4-bit cache, causal, vs torch SDPA fp32",
+        None,
+        None,
+        _cells("int4-token", _SHORT, (1,)),
+        (PREFILL,),
     ),
 )
+
+_SAMPLE = tuple(
+    (Cell(recipe, shape, 4096, batch, 1), peer)
+    for shape, batch in ((MAIN, 4), ("32x32x128", 1), ("9x3x64", 1), ("9x3x64", 4), ("4x1x256", 1))
+    for recipe, peer in (
+        ("int4-token", "ik_q4_0"),
+        ("int4-token", "torch_f32"),
+        ("int8-token", "ik_q8_0"),
+    )
+)
+"""Of the other shapes and batches, what takes little time."""
 
 _STORE = "append of one token, all layers of SmolLM2, vs torch copying it in bf16: "
 MODEL_GOALS: dict[str, tuple[str, float, float]] = {
@@ -112,9 +184,11 @@ def parse_cell(text: str) -> Cell:
 
 
 def headline(recipes: list[str], cores: int) -> list[tuple[Cell, str]]:
-    """Return the pairs of the first table, then one of each recipe with the memory itself."""
-    pairs = [(cell, peer) for goal in GOALS for cell in goal.cells for peer in goal.peers]
+    """Return the pairs of the first tables, one of each recipe with the memory itself, a sample."""
+    goals = (*GOALS, *SHOWN)
+    pairs = [(cell, peer) for goal in goals for cell in goal.cells for peer in goal.peers]
     pairs += [(Cell(recipe, MAIN, 65536, 1, 1), PROBE) for recipe in recipes]
+    pairs += _SAMPLE
     return [pair for pair in dict.fromkeys(pairs) if pair[0].threads <= cores]
 
 

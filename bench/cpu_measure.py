@@ -1,6 +1,6 @@
 """Two contestants in turns on a quiet machine, or a refusal. Needs nothing but Python.
 
-Contestants take turns (A B A B ...), so that a slow moment meets both. A result needs all of:
+Two, or three, take turns (A B A B ...), so that a slow moment meets both. A result needs all of:
 
     idle      before and after, others use less than BUSY of the cores while this process sleeps
     alone     during the rounds others use less than BUSY, from the machine's own counters
@@ -115,15 +115,15 @@ def repeats(run: Run, turn: float = TURN) -> int:
     return max(1, min(1000, int(turn / max(time.perf_counter() - begin, 1e-6))))
 
 
-def take_turns(ours: Run, peer: Run, rounds: int = ROUNDS) -> tuple[list[float], list[float]]:
-    """Time both, round by round; a turn begins with a call that does not count.
+def take_turns(*runs: Run, rounds: int = ROUNDS) -> list[list[float]]:
+    """Time all of them, round by round; a turn begins with a call that does not count.
 
-    Returns: milliseconds a call of each round, ours and the peer's.
+    Returns: milliseconds a call of each round, for each of the runs.
     """
-    counts = [repeats(run) for run in (ours, peer)]
-    samples: tuple[list[float], list[float]] = ([], [])
+    counts = [repeats(run) for run in runs]
+    samples: list[list[float]] = [[] for _ in runs]
     for _ in range(rounds):
-        for run, count, kept in zip((ours, peer), counts, samples, strict=True):
+        for run, count, kept in zip(runs, counts, samples, strict=True):
             time.sleep(PAUSE)
             run()
             begin = time.perf_counter()
@@ -145,13 +145,16 @@ def compare(ours: Sequence[float], peer: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def why_refused(ours: Times, peer: Times, shares: Sequence[float]) -> str | None:
+def why_refused(
+    ours: Times, peer: Times, shares: Sequence[float], third: Times | None = None
+) -> str | None:
     """Return why rounds are no result, or none.
 
     Args:
         ours: our rounds.
         peer: the peer's.
         shares: of the cores that others used: before, meanwhile, after.
+        third: those of what took turns with both.
     """
     if max(shares) > BUSY:
         return f"machine busy: others used {max(shares):.0%} of the cores"
@@ -160,6 +163,8 @@ def why_refused(ours: Times, peer: Times, shares: Sequence[float]) -> str | None
             f"machine busy: the rounds spread by {ours.spread:.0%} (ours) "
             f"and {peer.spread:.0%} (peer)"
         )
+    if third is not None and third.spread > SPREAD:
+        return f"machine busy: the rounds beside both spread by {third.spread:.0%}"
     return None
 
 
@@ -167,6 +172,7 @@ def measure(
     ours: Run,
     peer: Run,
     *,
+    third: Run | None = None,
     rounds: int = ROUNDS,
     attempts: int = ATTEMPTS,
     even_if_busy: bool = False,
@@ -177,6 +183,7 @@ def measure(
     Args:
         ours: one step of ours.
         peer: one step of the peer.
+        third: what else takes turns; its times are "third_ms".
         rounds: turns of each.
         attempts: after how many a busy machine is believed.
         even_if_busy: give numbers all the same, marked "busy"; for trying the harness.
@@ -190,11 +197,14 @@ def measure(
             time.sleep(2.0 * attempt)
             continue
         begin = read_clock()
-        samples = take_turns(ours, peer, rounds)
+        samples = take_turns(ours, peer, *([third] if third else []), rounds=rounds)
         meanwhile = share_of_others(begin, read_clock(), os.cpu_count() or 1)
-        found = compare(*samples)
+        found = compare(*samples[:2])
         shares = (before, meanwhile, idle())
-        refusal = why_refused(times(samples[0]), times(samples[1]), shares)
+        all_times = [times(x) for x in samples]
+        refusal = why_refused(all_times[0], all_times[1], shares, *all_times[2:])
+        if third:
+            found["third_ms"] = asdict(all_times[2])
         if refusal is None:
             return found | {"others": max(shares)}
         if even_if_busy:

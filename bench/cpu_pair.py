@@ -6,24 +6,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cpu_limit
 import cpu_measure
 import cpu_peers
-from cpu_cells import OURS, PROBE, Cell, l3_bytes, numbers_of, resident
+import cpu_prefill
+import cpu_recipes
+from cpu_cells import OURS, PREFILL, PROBE, Cell, l3_bytes, numbers_of, resident
 from cpu_contest import Array, Contestant, error, truth
 
 import kvant
 from kvant.targets.cpu_counts import instructions_per_element
+from kvant.targets.cpu_quads import why_floats
 from kvant.targets.machines import CPUS
 
 CHECKED = "checked.json"
 """In the folder of artifacts: shares of the tolerance, by artifact, size and bits of the output."""
-
-
-def tolerance(share: float) -> str | None:
-    """Return why a kernel gets no time, or none; `share` is its error over what is allowed."""
-    if share <= 1.0:
-        return None
-    return f"out of tolerance: the kernel's error is {share:.3g} times what is allowed"
 
 
 def measure(cell: Cell, peer: str, folders: list[Path], even_if_busy: bool) -> dict[str, Any]:
@@ -36,19 +33,23 @@ def measure(cell: Cell, peer: str, folders: list[Path], even_if_busy: bool) -> d
         even_if_busy: see `cpu_measure.measure`.
     """
     shape = kvant.Shape(*numbers_of(cell.shape))
+    if peer == PREFILL:
+        return cpu_prefill.measure(cell, folders[0], even_if_busy)
     qkv = cpu_peers.tensors(shape, cell.context, cell.batch)
     ours, facts = _ours(folders[0], qkv, cell)
     right = truth(*qkv, shape.logit_scale)
+    loop = None
     if peer == PROBE:
-        facts["instructions"] = _instructions(folders[0], str(facts["target"]))
+        found, loop = _limit(folders[0], str(facts["target"]), cell)
+        facts |= found
     row = facts | {"ours_error": error(ours.output(), right)}
-    refusal = tolerance(facts["share"])
+    refusal = cpu_peers.tolerance(facts["share"])
     if refusal:
         return row | {"refused": refusal}
     try:
         if peer.startswith(OURS):
             other, theirs = _ours(folders[1], qkv, cell)
-            refusal = tolerance(theirs["share"])
+            refusal = cpu_peers.tolerance(theirs["share"])
             row["peer_error"] = error(other.output(), right)
         else:
             other = cpu_peers.fastest(cpu_peers.PEERS[peer], qkv, shape.logit_scale, cell.threads)
@@ -58,7 +59,8 @@ def measure(cell: Cell, peer: str, folders: list[Path], even_if_busy: bool) -> d
     if refusal:
         return row | {"refused": refusal}
     row |= {"peer_setting": dict(other.setting), "peer_bytes": other.bytes}
-    return row | cpu_measure.measure(ours.run, other.run, even_if_busy=even_if_busy)
+    third = loop.run if loop else None
+    return row | cpu_measure.measure(ours.run, other.run, third=third, even_if_busy=even_if_busy)
 
 
 def _ours(folder: Path, qkv: cpu_peers.QKV, cell: Cell) -> tuple[Contestant, dict[str, Any]]:
@@ -76,10 +78,22 @@ def _ours(folder: Path, qkv: cpu_peers.QKV, cell: Cell) -> tuple[Contestant, dic
     return ours, facts | {"resident": resident(ours.bytes, l3_bytes())}
 
 
-def _instructions(folder: Path, target: str) -> dict[str, float | None]:
-    """Return the instructions of the inner loop for each element of keys and of values."""
-    plan = kvant.load(folder, target="reference").plan_of(0)
-    return instructions_per_element(plan, CPUS[target.removeprefix("cpu-")])
+def _limit(
+    folder: Path, target: str, cell: Cell
+) -> tuple[dict[str, Any], cpu_limit.IssueLoop | None]:
+    """Return what is known of the instructions of a step, and the loop that shows their rate."""
+    artifact, cpu = kvant.load(folder, target="reference"), CPUS[target.removeprefix("cpu-")]
+    plan = artifact.plan_of(0)
+    facts: dict[str, Any] = {
+        "instructions": instructions_per_element(plan, cpu),
+        "left_out": cpu_recipes.left_out(cell.recipe),
+        "floats": {role: why_floats(plan, role) for role in ("k", "v")},
+    }
+    kinds = cpu_limit.executed(artifact, cpu, cell.batch, cell.context)
+    if kinds is None:
+        return facts, None
+    loop = cpu_limit.fastest_loop(kinds, cpu, cell.threads)
+    return facts | {"executed": kinds, "loop_instructions": loop.instructions}, loop
 
 
 def once(path: Path, name: str, output: Array, check: Callable[[], float]) -> float:

@@ -53,11 +53,11 @@ class WrongPeer(Exception):
     """A peer computes something else: our binding is wrong."""
 
 
-def tensors(shape: kvant.Shape, context: int, batch: int) -> QKV:
-    """Return normal random q, k and v: [B, Hq, 1, D], [B, H, N, D], [B, H, N, D]."""
+def tensors(shape: kvant.Shape, context: int, batch: int, queries: int = 1) -> QKV:
+    """Return normal random q, k and v: [B, Hq, Tq, D], [B, H, N, D], [B, H, N, D]."""
     rng = np.random.default_rng(0)
     size = (batch, shape.kv_heads, context, shape.head_dim)
-    k, v, q = aligned(size), aligned(size), aligned((batch, shape.heads, 1, shape.head_dim))
+    k, v, q = aligned(size), aligned(size), aligned((batch, shape.heads, queries, shape.head_dim))
     for x in (q, k, v):
         rng.standard_normal(out=x, dtype=np.float32)
     return q, k, v
@@ -115,6 +115,13 @@ def share_of_tolerance(artifact: Any, qkv: QKV, cache: Any) -> float:
             return float("inf")
         shares.append(computed_share(single, reference, 0, plan, q))
     return max(shares)
+
+
+def tolerance(share: float) -> str | None:
+    """Return why a kernel gets no time, or none; `share` is its error over what is allowed."""
+    if share <= 1.0:
+        return None
+    return f"out of tolerance: the kernel's error is {share:.3g} times what is allowed"
 
 
 def _torch_settings(dtype: str, threads: int, batch: int) -> Iterator[Setting]:
@@ -217,7 +224,7 @@ def fastest(peer: Peer, qkv: QKV, scale: float, threads: int) -> Contestant:
     best: tuple[float, Setting] | None = None
     for setting in peer.settings(threads, qkv[0].shape[0]):
         contestant = peer.open(qkv, scale, setting)
-        took = _least(contestant.run)
+        took = least(contestant.run)
         contestant.close()
         if best is None or took < best[0]:
             best = took, setting
@@ -226,7 +233,7 @@ def fastest(peer: Peer, qkv: QKV, scale: float, threads: int) -> Contestant:
     return peer.open(qkv, scale, best[1])
 
 
-def _least(run: Callable[[], Any], seconds: float = 0.15) -> float:
+def least(run: Callable[[], Any], seconds: float = 0.15) -> float:
     """Return the seconds of the fastest of 3 to 50 calls after two that do not count."""
     run()
     run()

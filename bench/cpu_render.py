@@ -9,6 +9,7 @@ from cpu_cells import (
     MODEL_GOALS,
     OURS,
     PROBE,
+    SHOWN,
     Cell,
     Goal,
     elements,
@@ -16,12 +17,27 @@ from cpu_cells import (
 )
 from cpu_measure import BUSY, SPREAD
 
+EXPLAINED = 0.7  # of the limit; of what is below, the sentence says that it waits
+
 Row = Mapping[str, Any]
+
+LIMIT = """**The machine's limit** of a step is the larger of two times, both measured in the same
+rounds as the step. Bytes: all that is stored, over the bandwidth of the plain reader. Instructions:
+all that one step executes, which are the roundings of queries and weights, scores, softmax, values
+and merging, over the rate that the machine sustains. They are counted by a copy of the kernels that
+counts how often each straight piece of its assembly is entered
+([targets/cpu_profile.py](../targets/cpu_profile.py)); Python and the thread pool are not counted.
+The rate is that of a loop with the same numbers of each kind of instruction (dot products, float
+arithmetic, logic, shifts, conversions, shuffles, moves, scalars; with or without memory), of which
+none waits for another, over data in the first cache, on as many threads
+([bench/cpu_limit.py](../bench/cpu_limit.py)). Every encoding has the sentence that follows from
+these numbers.
+"""
 
 HEAD = """# Our CPU kernels beside every CPU engine
 
-Made by `make bench-cpu` (the first table and the encodings, about ten minutes) and
-`make bench-cpu-full` (the whole grid, hours); one pair alone is
+Made by `make bench-cpu` (the first tables, the encodings, a sample of the grid; about 15 minutes)
+and `make bench-cpu-full` (the whole grid, hours, in as many pieces as one likes); one pair alone is
 `python bench/cpu.py --cell int4-token,32x8x128,4096,1,1 --peer ik_q4_0`. The numbers are in
 [bench-cpu.json](bench-cpu.json), and this page is made from them. Sources of the kernels: {source}.
 
@@ -54,6 +70,7 @@ def page(data: Mapping[str, Any]) -> str:
             busy=f"{BUSY:.0%}",
             spread=f"{SPREAD:.0%}",
         ),
+        LIMIT,
         _goals(rows, data["models"], bool(facts["bf16_dots"])),
         _encodings(rows),
         _grid(rows),
@@ -68,6 +85,8 @@ def line(row: Row) -> str:
         return f"{cell} vs {peer}: refused: {row['refused']}"
     times = f"{row['ours_ms']['median']:.3f} and {row['peer_ms']['median']:.3f} ms"
     share = f", {bandwidth_share(row):.2f} of the read bandwidth" if peer == PROBE else ""
+    limit = limit_share(row)
+    share += "" if limit is None else f", {limit:.2f} of the limit. {what_limits(row)}"
     busy = f" BUSY, NO RESULT: {row['busy']}" if "busy" in row else ""
     return f"{cell} vs {peer}: {row['ratio']:.2f} (worst {row['worst']:.2f}), {times}{share}{busy}"
 
@@ -84,6 +103,41 @@ def model_line(row: Row) -> str:
 def bandwidth_share(row: Row) -> float:
     """Return bytes a second of ours over those of the plain reader in the same rounds."""
     return float(row["ratio"] * row["bytes"] / row["peer_bytes"])
+
+
+def limit_times(row: Row) -> tuple[float, float] | None:
+    """Return milliseconds that the bytes and the instructions of a step need at least, or none."""
+    if "executed" not in row or "third_ms" not in row:
+        return None
+    read = row["bytes"] / row["peer_bytes"] * row["peer_ms"]["median"]
+    issue = sum(row["executed"].values()) / row["loop_instructions"] * row["third_ms"]["median"]
+    return float(read), float(issue)
+
+
+def limit_share(row: Row) -> float | None:
+    """Return the machine's limit over the time of a step, or none where nothing was counted."""
+    times = limit_times(row)
+    return None if times is None else max(times) / float(row["ours_ms"]["median"])
+
+
+def what_limits(row: Row) -> str:
+    """Return one sentence, made of the numbers of a row."""
+    times, share = limit_times(row), limit_share(row)
+    if times is None or share is None:
+        return "Instructions are not counted here."
+    read, issue = times
+    bound = "Instructions" if issue > read else "Bytes"
+    text = f"{bound}: {issue:.2f} ms of instructions, {read:.2f} ms of reading"
+    why = {"k": "keys", "v": "values"}
+    reasons: dict[str, list[str]] = {}
+    for role, reason in row["floats"].items():
+        if reason:
+            reasons.setdefault(reason, []).append(why[role])
+    for reason, roles in reasons.items():
+        text += f"; {' and '.join(roles)} go through floats, because {reason}"
+    if share < EXPLAINED:
+        text += f"; {1 - share:.0%} of the time is waiting and calls"
+    return text + "."
 
 
 def _machine(facts: Row, versions: Row) -> str:
@@ -108,6 +162,15 @@ def _goals(rows: Sequence[Row], models: Sequence[Row], bf16_dots: bool) -> str:
     text = "## The goals\n\n" + _table(
         ("time of peer / ours, 32x8x128, batch 1", "must", "aim", "measured", ""),
         (_goal_row(goal, found, bf16_dots) for goal in GOALS),
+    )
+    shown_too = [_goal_row(goal, found, bf16_dots) for goal in SHOWN]
+    text += (
+        "\nWithout a goal. Our kernels for AVX2 are what a machine with no wider vectors runs, "
+        "and what the libraries built for AVX2 are compared with fairly.\n\n"
+    )
+    text += _table(
+        ("time of peer / ours, 32x8x128, batch 1", "measured"),
+        ((row[0], row[3]) for row in shown_too),
     )
     of = {row["what"]: row for row in models}
     shown = (name for name in MODEL_GOALS if name in of)
@@ -137,23 +200,42 @@ def verdict(values: Sequence[float], must: float, aim: float) -> str:
 def _goal_row(goal: Goal, found: Mapping[tuple[str, str], Row], bf16_dots: bool) -> tuple[str, ...]:
     values, texts = [], []
     peers = [peer for peer in goal.peers if not (bf16_dots and peer == "torch_bf16")]
+    several = len({cell.recipe for cell in goal.cells}) > 1
     for cell in goal.cells:
         rows = [found[str(cell), peer] for peer in peers if (str(cell), peer) in found]
         if not rows:
             continue
         label = f"{cell.context // 1024}k, {_threads(cell.threads)}"
+        label = f"`{cell.recipe}` {label}" if several else label
         refused = [row["refused"] for row in rows if "refused" in row]
-        if refused:
-            texts.append(f"{label}: refused: {refused[0]}")
+        value = None if refused else _value(goal, row := min(rows, key=lambda x: float(x["ratio"])))
+        if value is None:
+            texts.append(f"{label}: " + (f"refused: {refused[0]}" if refused else "not counted"))
             continue
-        row = min(rows, key=lambda row: float(row["ratio"]))
-        value = bandwidth_share(row) if row["peer"] == PROBE else row["ratio"]
         values.append(value)
-        worst = "" if row["peer"] == PROBE else f" ({row['worst']:.2f})"
-        texts.append(f"{label}: {value:.2f}{worst}")
+        texts.append(f"{label}: {value:.2f}{_beside(goal, row)}")
     measured = "; ".join(texts) or "not measured"
-    judged = verdict(values, goal.must, goal.aim) if len(values) == len(texts) else "incomplete"
+    if goal.must is None or goal.aim is None:
+        return goal.text, "", "", measured, ""
+    whole = len(values) == len(texts)
+    judged = verdict(values, goal.must, goal.aim) if whole else "incomplete"
     return goal.text, f"{goal.must:g}", f"{goal.aim:g}", measured, judged
+
+
+def _value(goal: Goal, row: Row) -> float | None:
+    """Return what a goal measures of a row; none where there is nothing to measure it by."""
+    kinds = {"bandwidth": bandwidth_share, "limit": limit_share}
+    return kinds[goal.of](row) if goal.of in kinds else float(row["ratio"])
+
+
+def _beside(goal: Goal, row: Row) -> str:
+    """Return what stands behind a measured value: its worst round, and errors of two encodings."""
+    if goal.of != "time":
+        return ""
+    if str(row["peer"]).startswith(OURS):
+        errors = f"error {row['ours_error']:.2f} beside {row['peer_error']:.2f}"
+        return f" ({row['worst']:.2f}; {errors})"
+    return f" ({row['worst']:.2f})"
 
 
 def _model_row(name: str, row: Row) -> tuple[str, ...]:
@@ -169,7 +251,7 @@ def _threads(count: int) -> str:
 
 
 def _encodings(rows: Sequence[Row]) -> str:
-    """Return one row for each recipe: what a step reads, and how fast."""
+    """Return one row for each recipe: what a step reads, how fast, and what limits it."""
     chosen = [
         row for row in rows if row["peer"] == PROBE and row["shape"] == MAIN and row["threads"] == 1
     ]
@@ -183,15 +265,20 @@ def _encodings(rows: Sequence[Row]) -> str:
         "GB/s of stored bytes",
         "share of read bandwidth",
         "G elements/s",
-        "instructions per element of keys, values",
+        "instructions per element: inner loop of keys, of values",
+        "all executed",
+        "share of the machine's limit",
+        "what limits it",
         "error",
         "share of tolerance",
     )
     intro = (
         f"## Encodings\n\nOne layer of {MAIN}, one thread, against a plain read of a buffer far "
         "larger than L3 in the same rounds. Bytes are all that is stored: codes, scales, raw "
-        "tokens, page table. Instructions are those of the inner loops, counted in the assembly, "
-        "for all query heads of a group together (`targets/cpu_counts.py`). The error is that of "
+        "tokens, page table. Instructions are for each key or value of a KV head and all query "
+        "heads of its group together: those of the inner loops as they stand in the assembly "
+        "(`targets/cpu_counts.py`), then all that one step executes. A recipe whose rewrites need "
+        "a model is measured without them. The error is that of "
         "the output against float64 over the unquantized "
         "numbers; the last column is the kernel's own error over what is allowed.\n\n"
     )
@@ -205,11 +292,13 @@ def key_of(row: Row) -> tuple[Any, ...]:
 
 
 def _encoding_row(row: Row) -> tuple[str, ...]:
-    name = f"`{row['recipe']}` at {row['context'] // 1024}k"
+    without = row.get("left_out", [])
+    name = f"`{row['recipe']}`{' without ' if without else ''}{', '.join(without)}"
+    name += f" at {row['context'] // 1024}k"
     if "refused" in row:
-        return name, f"refused: {row['refused']}", *[""] * 8
+        return name, f"refused: {row['refused']}", *[""] * 11
     count = elements(Cell(row["recipe"], row["shape"], row["context"], row["batch"], 1))
-    seconds = row["ours_ms"]["median"] / 1e3
+    seconds, share = row["ours_ms"]["median"] / 1e3, limit_share(row)
     return (
         name,
         row["resident"],
@@ -219,6 +308,9 @@ def _encoding_row(row: Row) -> tuple[str, ...]:
         f"{bandwidth_share(row):.2f}",
         f"{count / seconds / 1e9:.2f}",
         ", ".join("floats" if n is None else f"{n:.2f}" for n in row["instructions"].values()),
+        f"{sum(row['executed'].values()) / count:.2f}" if "executed" in row else "",
+        "" if share is None else f"{share:.2f}",
+        what_limits(row),
         f"{row['ours_error']:.4f}",
         f"{row['share']:.2f}",
     )
@@ -256,8 +348,10 @@ def _grid(rows: Sequence[Row]) -> str:
 
 def _grid_row(row: Row) -> tuple[str, ...]:
     peer = str(row["peer"]).replace(OURS, "our ")
+    recipe, _, cpu = str(row["recipe"]).partition("@")
+    recipe = f"`{recipe}`" + (f" for {cpu}" if cpu else "")
     sizes = (row["context"], row["batch"], row["threads"])
-    start = (row["shape"], *(f"{n:,}" for n in sizes), f"`{row['recipe']}`", peer)
+    start = (row["shape"], *(f"{n:,}" for n in sizes), recipe, peer)
     if "refused" in row:
         return *start, f"refused: {row['refused']}", *[""] * 7
     ratio = f"{row['ratio']:.2f}"

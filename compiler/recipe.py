@@ -23,6 +23,7 @@ from .recipe_formats import (
     AnySlice,
     BfpTable,
     IntTable,
+    LutTable,
     RawTable,
     SparseTable,
     Table,
@@ -62,6 +63,12 @@ class BfpStream(BfpTable, _Window):
     block: int | Literal["head"]
 
 
+class LutStream(LutTable, _Window):
+    """Codes into a table; `group = "head"` means one group over the whole head."""
+
+    group: int | Literal["head"]
+
+
 class SlicesStream(_Window):
     """Channels in storage order, cut in slices that are stored each in its own way."""
 
@@ -73,7 +80,7 @@ class SlicesStream(_Window):
         return bind_slices(self.slice, channels, where)
 
 
-AnyStream = RawStream | IntStream | BfpStream | SlicesStream
+AnyStream = RawStream | IntStream | BfpStream | LutStream | SlicesStream
 Stream = Annotated[AnyStream, Field(discriminator="format")]
 
 
@@ -270,8 +277,8 @@ def _refusal(error: ValidationError, where: str) -> KvantError:
 def _keys(loc: tuple[int | str, ...]) -> list[str]:
     """Return the keys that are legal where `loc` points."""
     models: dict[str, type[BaseModel]] = {"rule": Rule, "slices": SlicesStream}
-    models["sparse"] = SparseTable
-    models |= {"int": IntStream, "bfp": BfpStream, **dict.fromkeys(STORED, RawStream)}
+    models |= {"sparse": SparseTable, **dict.fromkeys(STORED, RawStream)}
+    models |= {"int": IntStream, "bfp": BfpStream, "lut": LutStream}
     if "slice" in loc:
         models |= SLICES
     for part in reversed(loc[:-1]):

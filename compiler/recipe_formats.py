@@ -7,7 +7,20 @@ number of channels, and `sparse` adds entries for outliers.
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from ..ir.encodings import Bfp, Drop, Int, Raw, Slice, SliceFormat, Slices, Sparse, Term
+from ..ir.encodings import (
+    Bfp,
+    Dense,
+    Drop,
+    Int,
+    Lut,
+    Raw,
+    Slice,
+    SliceFormat,
+    Slices,
+    Sparse,
+    Term,
+)
+from ..ir.encodings.lut import LLOYD, MOST_SIGMAS, NF4
 from ..ir.encodings.slices import SLICE_CHANNELS
 from ..ir.errors import KvantError
 from .extras import need
@@ -34,7 +47,7 @@ class SparseTable(Table):
     limit: float = Field(default=0.0, ge=0.0)
     values: FloatWord = "f16"
 
-    def bind(self, dense: Int | Bfp) -> Sparse:
+    def bind(self, dense: Dense) -> Sparse:
         """Return the format with the entries."""
         return Sparse(dense, self.count, self.limit, self.values)
 
@@ -82,6 +95,31 @@ class BfpTable(Table):
         return dense if self.sparse is None else self.sparse.bind(dense)
 
 
+class LutTable(Table):
+    """Codes into a table of integers, given by name or as it is."""
+
+    format: Literal["lut"]
+    bits: int = Field(ge=2, le=4)
+    group: int | str
+    table: Literal["nf4", "lloyd"] | tuple[int, ...]
+    sigmas: float | None = Field(default=None, gt=0.0, le=MOST_SIGMAS)
+    params: FloatWord = "f16"
+    sparse: SparseTable | None = None
+
+    def bind(self, channels: int, where: str) -> Term:
+        """Return the format for `channels` channels.
+
+        Raises: KvantError("bad-encoding") for a table that does not fit the bits.
+        """
+        group = channels if isinstance(self.group, str) else self.group
+        table, sigmas = self.table, self.sigmas
+        if table == "lloyd":
+            table, own = LLOYD[self.bits]
+            sigmas = own if sigmas is None else sigmas
+        dense = Lut(self.bits, group, NF4 if table == "nf4" else table, sigmas, self.params)
+        return dense if self.sparse is None else self.sparse.bind(dense)
+
+
 class _Channels(Table):
     channels: int | Literal["rest"]
 
@@ -102,6 +140,12 @@ class BfpSlice(BfpTable, _Channels):
     block: int | Literal["slice"]
 
 
+class LutSlice(LutTable, _Channels):
+    """A slice of codes into a table; `group = "slice"` means one group over the whole slice."""
+
+    group: int | Literal["slice"]
+
+
 class DropSlice(_Channels):
     """Channels that are not stored at all; they are read as zeros."""
 
@@ -112,8 +156,11 @@ class DropSlice(_Channels):
         return Drop()
 
 
-AnySlice = Annotated[RawSlice | IntSlice | BfpSlice | DropSlice, Field(discriminator="format")]
-SLICES: dict[str, type[BaseModel]] = {"int": IntSlice, "bfp": BfpSlice, "drop": DropSlice}
+AnySlice = Annotated[
+    RawSlice | IntSlice | BfpSlice | LutSlice | DropSlice, Field(discriminator="format")
+]
+SLICES: dict[str, type[BaseModel]] = {"int": IntSlice, "bfp": BfpSlice, "lut": LutSlice}
+SLICES["drop"] = DropSlice
 SLICES |= dict.fromkeys(("bf16", "f16", "f32"), RawSlice)
 
 

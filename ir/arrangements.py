@@ -4,8 +4,8 @@
     channel-quads   u8[P, W] of codes as [P / 16, W / 4, 16, 4]: four bytes of one token a lane
     token-quads     u8[P, W] of codes as [P / 4, W, 4]: four tokens of one byte a lane
 
-Both kinds of quads turn scales, zeros and exponents of tokens around, [C / gc, P], so that those of
-neighbouring tokens are neighbours; those of groups of tokens stay as they are.
+Both kinds of quads turn scales, zeros, exponents and sparse entries of tokens around, [C / gc, P],
+so that those of neighbouring tokens are neighbours; those of groups of tokens stay as they are.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from functools import lru_cache
 import numpy as np
 
 from .arrays import Array
-from .encodings import Bfp, Format, Int
+from .encodings import Bfp, Dense, Drop, Format, Int, SliceFormat, Slices, dense_of
 from .planes import plane_widths
 
 ROWS, CHANNEL_QUADS, TOKEN_QUADS = "rows", "channel-quads", "token-quads"
@@ -25,25 +25,29 @@ QUAD, TILE = 4, 16
 CODES = ("codes", "high")
 
 
-def holds(kind: str, fmt: Format, tokens: int, channels: int) -> bool:
+def holds(kind: str, fmt: Format | SliceFormat, tokens: int, channels: int) -> bool:
     """Return whether pages of a format can have an arrangement.
 
-    Quads take whole heads of integer codes; a plane of channels, a scale's channels and a scale's
-    tokens must then be whole lanes of the sum.
+    Quads take codes of whole heads or of all slices; a plane of channels, a scale's channels and a
+    scale's tokens must then be whole lanes of the sum.
     """
     if kind == ROWS:
         return True
-    if not isinstance(fmt, Int | Bfp) or tokens % TILE:
+    if isinstance(fmt, Slices):
+        stored = [part for part in fmt.slices if not isinstance(part.format, Drop)]
+        return all(holds(kind, part.format, tokens, part.width) for part in stored)
+    dense = dense_of(fmt)
+    if dense is None or tokens % TILE:
         return False
-    widths = [width for _, width in plane_widths(fmt, channels)]
-    group = fmt.block if isinstance(fmt, Bfp) else fmt.group_channels
+    widths = [width for _, width in plane_widths(dense, channels)]
+    group = dense.block if isinstance(dense, Bfp) else dense.group_channels
     if kind == CHANNEL_QUADS:
         whole_group = group == 1 or group % QUAD == 0
-        return not any(w % QUAD for w in widths) and whole_group and fits_tokens(fmt, TILE)
-    return fits_tokens(fmt, QUAD)
+        return not any(w % QUAD for w in widths) and whole_group and fits_tokens(dense, TILE)
+    return fits_tokens(dense, QUAD)
 
 
-def fits_tokens(fmt: Format, tokens: int) -> bool:
+def fits_tokens(fmt: Dense, tokens: int) -> bool:
     """Return whether so many neighbouring tokens always share the scales of channels, if any."""
     per_channel = isinstance(fmt, Int) and fmt.axis == "channel"
     return not per_channel or fmt.group_tokens % tokens == 0

@@ -1,7 +1,7 @@
 """What integer dot products round: the arithmetic of one query over pages in quads.
 
-Codes are multiplied as they are stored. What they are multiplied with becomes integers of -n..n,
-n = 127 for codes of up to 4 bits and 32,767 for 8 bits:
+Codes, or the entries of a table that they name, are multiplied as they are stored. What they are
+multiplied with becomes integers of -n..n, n = 127 for codes of up to 4 bits and 32,767 for 8 bits:
 
     keys, scales of tokens      q, once for all keys: `round_queries`, a matter of the plan
     keys, scales of channels    u = q s for each group of tokens that shares s,  u^ = a [u / a] with
@@ -9,6 +9,9 @@ n = 127 for codes of up to 4 bits and 32,767 for 8 bits:
     values                      w = p s for each token and group of channels (w = p with scales of
                                 channels), in blocks of 32 positions from the first page on,
                                 w^ = a [w / a] with a = max w / n;  the output is sum (w^ / s) x^
+
+Entries of a sparse format are added in floats, to what the codes say: they meet q as it is for all
+keys, and the exact probabilities.
 
 So the integers stand for other queries and other probabilities, and zero points see the same ones
 as codes do. u is a product of two float32, rounded to float32, and so are u / a and a: every target
@@ -25,7 +28,7 @@ import numpy as np
 
 from .arrays import Array
 from .attention import EXACT
-from .encodings import Bfp, Int
+from .encodings import Dense, Int
 from .planes import code_bits
 
 BLOCK = 32
@@ -38,17 +41,21 @@ def most_integer(bits: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Coded:
-    """Scales of one row's tokens that lie in pages in quads.
+    """What integer dot products read of one row's pages in quads: all channels, or a slice.
 
     Attributes:
         first: position of the first one.
         format: of the codes.
         scale: f64[H, tokens / gt, C / gc].
+        values: f64[H, tokens, C], what the codes alone say; None where that is all of the stream.
+        channels: those of the stream that the codes say.
     """
 
     first: int
-    format: Int | Bfp
+    format: Dense
     scale: Array
+    values: Array | None = None
+    channels: slice = field(default_factory=lambda: slice(None))
 
     @property
     def per_channel(self) -> bool:
@@ -59,6 +66,14 @@ class Coded:
     def tokens(self) -> int:
         """Tokens in pages, those of the last group that are not there yet included."""
         return int(self.scale.shape[1]) * self.format.group_tokens
+
+    def of_codes(self, h: int, x: Array, part: slice) -> Array:
+        """Return what the codes of head h say of the positions `part` of x [H, S, C], [n, C]."""
+        whole = x[h, part]
+        if self.values is None:
+            return whole
+        begin = part.start - self.first
+        return self.values[h, begin : begin + len(whole)].astype(x.dtype)
 
     @property
     def most(self) -> int:
@@ -71,44 +86,46 @@ class Integers:
     """Implements `attention.Products`.
 
     Attributes:
-        k: of each row; None where all keys are multiplied exactly.
+        k: of each row, one for each slice; none where all keys are multiplied exactly.
         v: of each row.
         near: how close to a tie a weight over its step may round either way, as a share of it.
         slack: filled by `outputs`: what ties can change of the outputs, [B, H, R, Dv].
     """
 
-    k: Sequence[Coded | None]
-    v: Sequence[Coded | None]
+    k: Sequence[Sequence[Coded]]
+    v: Sequence[Sequence[Coded]]
     near: float = 0.0
     slack: Array = field(default_factory=lambda: np.zeros(()))
 
     def scores(self, rows: Array, k: Array, scale: float) -> Array:
         """See `attention.Products`."""
         scores = EXACT.scores(rows, k, scale)
-        for b, coded in enumerate(self.k):
-            if coded is None or not coded.per_channel:
+        for b, coded in _each(self.k):
+            if not coded.per_channel:
                 continue
             size = coded.format.group_tokens
             for h, group in np.ndindex(coded.scale.shape[:2]):
                 part = slice(coded.first + group * size, coded.first + (group + 1) * size)
                 own = coded.scale[h, group]
-                query = rounded_products(rows[b, h] * scale, own, coded.most) / own
-                scores[b, h, :, part] = query.astype(k.dtype) @ k[b, h, part].T
+                exact = rows[b, h][:, coded.channels] * scale
+                change = rounded_products(exact, own, coded.most) / own - exact
+                codes = coded.of_codes(h, k[b], part)
+                scores[b, h, :, part] += change.astype(k.dtype) @ codes.T
         return scores
 
     def outputs(self, weights: Array, v: Array) -> Array:
         """See `attention.Products`."""
         out = EXACT.outputs(weights, v)
         self.slack = np.zeros_like(out)
-        for b, coded in enumerate(self.v):
-            if coded is None:
-                continue
+        for b, coded in _each(self.v):
             for h in range(v.shape[1]):
                 end = min(coded.first + coded.tokens, v.shape[2])
                 own = slice(coded.first, end)
-                change, slack = self._rounding(coded, h, weights[b, h, :, own], v[b, h, own])
-                out[b, h] += change
-                self.slack[b, h] = slack
+                change, slack = self._rounding(
+                    coded, h, weights[b, h, :, own], coded.of_codes(h, v[b], own)
+                )
+                out[b, h][:, coded.channels] += change
+                self.slack[b, h][:, coded.channels] = slack
         return out
 
     def _rounding(self, coded: Coded, h: int, weights: Array, v: Array) -> tuple[Array, Array]:
@@ -124,6 +141,10 @@ class Integers:
             change[:, channels] = (rounded - weights * s) @ units
             slack[:, channels] = tied @ np.abs(units)
         return change, slack
+
+
+def _each(rows: Sequence[Sequence[Coded]]) -> list[tuple[int, Coded]]:
+    return [(b, coded) for b, row in enumerate(rows) for coded in row]
 
 
 def _by_scale(v: Array, scale: Array) -> Array:

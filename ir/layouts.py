@@ -32,7 +32,7 @@ import numpy as np
 
 from .arrangements import KINDS, ROWS, holds, places
 from .arrays import STORED, Array
-from .encodings import Bfp, Drop, Format, Int, Raw, SliceFormat, Slices, Sparse
+from .encodings import Bfp, Dense, Drop, Format, Lut, Raw, SliceFormat, Slices, Sparse
 from .encodings.raw import check_integer
 from .encodings.slices import with_prefix
 from .errors import KvantError
@@ -80,7 +80,7 @@ class Part:
     prefix: str
     first: int
     width: int
-    format: Raw | Int | Bfp | Drop
+    format: Raw | Dense | Drop
     sparse: Sparse | None
     fields: tuple[Field, ...]
 
@@ -261,7 +261,7 @@ class PageLayout:
         return blocks[..., field.offset : field.offset + field.nbytes].view(field.dtype)
 
     def _places(self, field: Field) -> Array:
-        return places(self.kind, self.tokens, field.name, *field.shape)
+        return places(self.kind, self.tokens, field.name.rpartition(".")[2], *field.shape)
 
     def _rows(self, field: Field, first_token: int, count: int) -> slice:
         tokens_per_row = self.tokens // field.shape[0]
@@ -330,7 +330,7 @@ def _arrays(
     if isinstance(fmt, Bfp):
         return [*arrays, ("exponent", byte, (rows, channels // fmt.block))]
     shape = (rows // fmt.group_tokens, channels // fmt.group_channels)
-    names = ("scale",) if fmt.zero == "none" else ("scale", "zero")
+    names = ("scale",) if isinstance(fmt, Lut) or fmt.zero == "none" else ("scale", "zero")
     return [*arrays, *((name, STORED[fmt.params], shape) for name in names)]
 
 
@@ -347,14 +347,14 @@ def _from_planes(fmt: Format, planes: Mapping[str, Array]) -> dict[str, Array]:
 def _each_slice(
     fmt: Format,
     arrays: Mapping[str, Array],
-    step: Callable[[Int | Bfp, dict[str, Array]], dict[str, Array]],
+    step: Callable[[Dense, dict[str, Array]], dict[str, Array]],
 ) -> dict[str, Array]:
     """Return the arrays of all slices, after `step(format, arrays)` where a slice has codes."""
     done: dict[str, Array] = {}
     for prefix, _, part in _slices(fmt, 0):
         own = with_prefix(prefix, arrays)
         dense = part.dense if isinstance(part, Sparse) else part
-        if isinstance(dense, Int | Bfp) and "codes" in own:
+        if isinstance(dense, Dense) and "codes" in own:
             own = step(dense, own)
         done |= {prefix + name: array for name, array in own.items()}
     return done

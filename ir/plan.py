@@ -13,7 +13,7 @@ from math import ceil
 from typing import Any, Literal
 
 from .attrs import ATTRS
-from .encodings import Bfp, Int, Tokens
+from .encodings import Bfp, Int, Tokens, dense_of
 from .encodings.raw import check_choice, check_integer
 from .errors import KvantError
 from .layouts import PageLayout, page_tokens
@@ -155,13 +155,13 @@ class AttentionPlan:
         if self.sinks is not None and (not isinstance(self.sinks, str) or not self.sinks):
             raise _bad_plan(f"sinks is {self.sinks!r}, not the name of a constant", where)
         check_choice(where, "compute", self.compute, ("float", "int"))
-        rests = self.k.tokens.rest, self.v.tokens.rest
-        if self.compute == "int" and not any(isinstance(rest, Int | Bfp) for rest in rests):
+        kept = self.k.tokens, self.v.tokens
+        if self.compute == "int" and not any(tokens.quantizes for tokens in kept):
             raise KvantError(
                 "integer-compute",
-                f"compute = int with keys stored as {rests[0]} and values as {rests[1]}",
+                f"compute = int with keys stored as {kept[0].rest} and values as {kept[1].rest}",
                 where=where,
-                fix="store keys or values as int or bfp, not sliced, or use compute = float",
+                fix="store keys or values as int, bfp or lut, or use compute = float",
             )
 
     @property
@@ -177,12 +177,12 @@ class AttentionPlan:
     @property
     def query_bits(self) -> int | None:
         """Bits of q under compute = int, or None where q stays float."""
-        rest = self.k.tokens.rest
-        if self.compute == "int" and isinstance(rest, Bfp):
-            return QUERY_BITS.get(rest.mantissa)
-        if self.compute == "int" and isinstance(rest, Int) and rest.axis == "token":
-            return QUERY_BITS.get(rest.bits)
-        return None
+        rest = dense_of(self.k.tokens.rest)
+        if self.compute != "int" or rest is None:
+            return None
+        if isinstance(rest, Int) and rest.axis == "channel":
+            return None
+        return QUERY_BITS.get(rest.mantissa if isinstance(rest, Bfp) else rest.bits)
 
     def bytes(self, length: int) -> int:
         """Return the bytes in use of a batch-1 cache of one such layer; see `StreamPlan.bytes`."""

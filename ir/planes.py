@@ -9,7 +9,8 @@ from __future__ import annotations
 import numpy as np
 
 from .arrays import Array
-from .encodings import Bfp, Int
+from .encodings import Bfp, Dense, Lut
+from .encodings.lut import OFFSET
 from .errors import KvantError
 
 # The arrays of codes by their bits: name, bits of a code that it holds, and from which bit on.
@@ -21,12 +22,12 @@ ARRAYS: dict[int, tuple[tuple[str, int, int], ...]] = {
 }
 
 
-def code_bits(fmt: Int | Bfp) -> int:
+def code_bits(fmt: Dense) -> int:
     """Return the bits of a stored code.
 
     Raises: KvantError("no-layout") if no layout holds codes of that width.
     """
-    bits = fmt.bits if isinstance(fmt, Int) else fmt.mantissa
+    bits = fmt.mantissa if isinstance(fmt, Bfp) else fmt.bits
     if bits not in ARRAYS:
         raise KvantError(
             "no-layout",
@@ -37,7 +38,12 @@ def code_bits(fmt: Int | Bfp) -> int:
     return bits
 
 
-def plane_widths(fmt: Int | Bfp, channels: int) -> list[tuple[str, int]]:
+def offset(fmt: Dense) -> int:
+    """Return what kernels take from what they multiply, in a format without zero points."""
+    return OFFSET if isinstance(fmt, Lut) else 1 << code_bits(fmt) - 1
+
+
+def plane_widths(fmt: Dense, channels: int) -> list[tuple[str, int]]:
     """Return (plane name, bytes a token) of the codes."""
     arrays = ARRAYS[code_bits(fmt)]
     per_byte = 8 // min(bits for _, bits, _ in arrays)
@@ -72,7 +78,7 @@ def unpack_plane(packed: Array, bits: int) -> Array:
     return codes
 
 
-def pack_codes(fmt: Int | Bfp, fields: dict[str, Array]) -> dict[str, Array]:
+def pack_codes(fmt: Dense, fields: dict[str, Array]) -> dict[str, Array]:
     """Return the fields of a format with codes packed to planes."""
     codes = fields["codes"]
     plane_widths(fmt, codes.shape[-1])
@@ -82,7 +88,7 @@ def pack_codes(fmt: Int | Bfp, fields: dict[str, Array]) -> dict[str, Array]:
     }
 
 
-def unpack_codes(fmt: Int | Bfp, planes: dict[str, Array]) -> dict[str, Array]:
+def unpack_codes(fmt: Dense, planes: dict[str, Array]) -> dict[str, Array]:
     """Return the planes of a format as fields with one code a byte."""
     arrays = ARRAYS[code_bits(fmt)]
     parts = [unpack_plane(planes[name], bits) << np.uint8(first) for name, bits, first in arrays]

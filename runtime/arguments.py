@@ -12,22 +12,19 @@ from .stream import Stream
 
 Array = NDArray[Any]
 
+_OF_A_STREAM = (
+    *("sink", "tail", "tail_first", "table", "encoded", "length", "capacity", "max_pages"),
+    *("uint8", "uint16", "float16", "float32"),  # the pages, by the type as which they are read
+)
+_NAMES = {role: tuple(f"{role}_{name}" for name in _OF_A_STREAM) for role in ("k", "v")}
+
 
 def stream_values(stream: Stream) -> dict[str, Any]:
     """Return everything a kernel may ask of a stream, by name."""
-    pages = stream.pages.reshape(-1)
-    values = {
-        "sink": stream.sink,
-        "tail": stream.tail,
-        "tail_first": stream.tail_first,
-        "table": stream.table,
-        "encoded": stream.encoded,
-        "length": stream.length,
-        "capacity": stream.tail.shape[2],
-        "max_pages": stream.table.shape[1],
-    }
-    values |= dict.fromkeys(("uint8", "uint16", "float16", "float32"), pages)
-    return {f"{stream.plan.role}_{name}": value for name, value in values.items()}
+    pages, tail, table = stream.pages.reshape(-1), stream.tail, stream.table
+    given = (stream.sink, tail, stream.tail_first, table, stream.encoded, stream.length)
+    sizes = tail.shape[2], table.shape[1]
+    return dict(zip(_NAMES[stream.plan.role], (*given, *sizes, *[pages] * 4), strict=True))
 
 
 def constant_arguments(plan: AttentionPlan, constants: Mapping[str, Array]) -> dict[str, Array]:

@@ -1,11 +1,13 @@
 """Arguments of compiled kernels that are converted once, for calls that come at every token.
 
 A kernel takes some twenty arrays. Most of them (tail, table, pages, constants) are the same ones at
-every step, and handing an array over takes longer than storing a token.
+every step, and handing an array over takes longer than storing a token. What is made of such
+objects belongs to these very ones, so it is used while `are_still` says that they are there.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from operator import is_
 from typing import Any
 
@@ -13,14 +15,30 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .arguments import stream_values
-from .stream import Stream
+from .stream import Steps, Stream
 
 Array = NDArray[Any]
-Kernel = Callable[..., None]
+Kernel = Callable[..., Any]
+
+_TYPES: dict[str, np.dtype[Any]] = {
+    f"{kind}{bits}": np.dtype(f"{kind}{bits}")
+    for kind, widths in (("uint", (8, 16)), ("int", (8, 16, 32, 64)), ("float", (16, 32, 64)))
+    for bits in widths
+}
+
+
+def are_still(made_of: tuple[object, ...], present: tuple[object, ...]) -> bool:
+    """Return whether all objects are the very ones that something was made of."""
+    return all(map(is_, made_of, present))
+
+
+def arrays_of(stream: Stream) -> tuple[object, ...]:
+    """Return the arrays that stay for long; what changes inside them, a kernel sees."""
+    return stream.sink, stream.tail, stream.table, stream.pool.pages
 
 
 @dataclass(slots=True)
-class Call:
+class BoundKernel:
     """One kernel with those of its arguments that stay.
 
     Attributes:
@@ -47,12 +65,13 @@ class Call:
 class Bound:
     """The calls that attend over two streams.
 
-    A view belongs to one array. `made_of` are the objects that were converted: as soon as a stream
-    has another one (its tail grew, its rows were reordered), none of the calls is used any more.
+    Attributes:
+        made_of: the objects that were converted.
+        calls: made of these.
     """
 
     made_of: tuple[object, ...]
-    calls: tuple[Call, ...]
+    calls: tuple[BoundKernel, ...]
 
 
 def bind(
@@ -61,14 +80,14 @@ def bind(
     values: Mapping[str, Any],
     rows: Sequence[str],
     batch: int,
-) -> Call:
+) -> BoundKernel:
     """Return a kernel with the arguments that stay.
 
     Args:
         kernel: the function.
         arguments: its arguments, as in launch.json.
         values: by name; what is not there, changes.
-        rows: names of int64[B] arguments that change, in the order of `Call.rows`.
+        rows: names of int64[B] arguments that change, in the order of `BoundKernel.rows`.
         batch: B.
     """
     numbers = np.zeros((len(rows), batch), np.int64)
@@ -80,7 +99,7 @@ def bind(
         if name not in values:
             places[name] = len(given)
         given.append(_converted(argument(spec, values)) if name in values else None)
-    return Call(kernel, given, places, numbers.reshape(-1))
+    return BoundKernel(kernel, given, places, numbers.reshape(-1))
 
 
 def bound_calls(
@@ -90,7 +109,7 @@ def bound_calls(
     rows: Sequence[str],
     k: Stream,
     v: Stream,
-) -> tuple[Call, ...]:
+) -> tuple[BoundKernel, ...]:
     """Return kernels with what two streams of a layer have now; kept with `k` for the next time.
 
     Args:
@@ -101,16 +120,29 @@ def bound_calls(
         k: keys.
         v: values of the same layer.
     """
-    # What changes inside these, a kernel sees.
-    parts = (k.sink, k.tail, k.table, k.pool.pages, v.sink, v.tail, v.table, v.pool.pages)
-    made_of = (kernels, constants, *parts)
+    made_of = (kernels, constants, *arrays_of(k), *arrays_of(v))
     bound = k.bound
-    if not isinstance(bound, Bound) or not all(map(is_, made_of, bound.made_of)):
+    if not isinstance(bound, Bound) or not are_still(bound.made_of, made_of):
         batch = len(k.length)
         values = {**stream_values(k), **stream_values(v), **constants, "batch": batch}
         calls = (bind(f, arguments[name], values, rows, batch) for name, f in kernels.items())
         bound = k.bound = Bound(made_of, tuple(calls))
     return bound.calls
+
+
+def bound_steps(kernel: Kernel, arguments: Sequence[str], values: Mapping[str, Any]) -> Steps:
+    """Return the kernel step with its arguments in the block of memory where it looks for them.
+
+    Args:
+        kernel: the function.
+        arguments: what it finds in the block, as in launch.json.
+        values: by name.
+    """
+    given = [argument(spec, values) for spec in arguments]
+    arrays = tuple(x for x in given if isinstance(x, np.ndarray))
+    words = [x.ctypes.data if isinstance(x, np.ndarray) else x for x in given]
+    block = np.array(words, np.int64)
+    return Steps(partial(kernel, block.ctypes.data), (block, *arrays))
 
 
 def argument(spec: str, values: Mapping[str, Any]) -> Any:
@@ -124,8 +156,13 @@ def argument(spec: str, values: Mapping[str, Any]) -> Any:
     value = values[name]
     if not dtype:
         return int(value)
-    flat = np.ascontiguousarray(value).reshape(-1)
-    return flat if flat.dtype == dtype else flat.view(dtype)
+    flat = (
+        value
+        if value.ndim == 1 and value.flags.c_contiguous
+        else np.ascontiguousarray(value).ravel()
+    )
+    wanted = _TYPES[dtype]
+    return flat if flat.dtype == wanted else flat.view(wanted)
 
 
 def _converted(value: Any) -> Any:

@@ -60,15 +60,25 @@ class Layer:
         plan: what is stored and computed.
         k: keys.
         v: values; as long as `k`, but encoded on its own schedule.
-        columns: which column of the batch is which position of a row.
+        marked: which column of the batch is which position of a row, but for those that came at
+            a pace since.
         pace: the appends of one token that may follow, if that is known.
     """
 
     plan: AttentionPlan
     k: Stream
     v: Stream
-    columns: Columns
+    marked: Columns
     pace: Pace | None = None
+
+    @property
+    def columns(self) -> Columns:
+        """Which column of the batch is which position of a row."""
+        # At a pace, a column more is a token more of every row.
+        more = self.k.length.item(0) - self.marked.counts.item(0)
+        if more > 0:
+            self.marked = self.marked.later(more)
+        return self.marked
 
     @property
     def streams(self) -> Pair:
@@ -186,8 +196,7 @@ class Cache:
         _settle(state, self._encode_due(layer, state), length, columns)
         _let_go(state, tails)
         if tokens == 1:
-            room = self.max_tokens - columns.length
-            state.pace = new_pace(self.kernels, layer, state, self.reserved, room)
+            state.pace = new_pace(self.kernels, layer, state, self.reserved, self.max_tokens)
 
     def attend(self, layer: int, q: object, return_lse: bool = False) -> Any:
         """Return attention of the last T_q columns over everything appended so far.
@@ -279,7 +288,7 @@ class Cache:
         check_cut(self.layers, columns, self.length)
         for layer in self.layers:
             length = layer.columns.counts_at(min(columns, layer.columns.length))
-            layer.columns = layer.columns.cut(columns)
+            layer.marked = layer.columns.cut(columns)
             for stream in layer.streams:
                 cut(stream, length)
             _let_go(layer)
@@ -307,7 +316,7 @@ class Cache:
         if (rows == np.arange(self.batch)).all():
             return
         for layer in self.layers:
-            layer.columns = layer.columns.rows(rows)
+            layer.marked = layer.columns.rows(rows)
             for stream in layer.streams:
                 take_rows(stream, rows)
             _let_go(layer)
@@ -380,7 +389,7 @@ def _settle(state: Layer, spans: Sequence[Span], length: Ints, columns: Columns)
     before = [stream.held for stream in state.streams]
     for stream, (held, end) in zip(state.streams, spans, strict=True):
         stream.held, stream.encoded = held, end
-    state.k.length, state.v.length, state.columns = length, length, columns
+    state.k.length, state.v.length, state.marked = length, length, columns
     for stream, held in zip(state.streams, before, strict=True):
         if stream.held is not held:
             drop_pages(stream)

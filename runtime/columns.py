@@ -72,10 +72,10 @@ class Columns:
         begun = max(self.start.tolist()) <= self.length
         return self.is_dense and len(self.marks) > 1 and begun
 
-    def one_more(self, one: Ints) -> "Columns":
-        """Return the history after one more column, where `is_even`; `one` is int64[B] ones."""
+    def later(self, more: int) -> "Columns":
+        """Return the history after `more` columns without padding, where `is_even`."""
         column, counts = self.marks[-1]
-        return Columns(self.start, (*self.marks[:-1], (column + 1, counts + one)))
+        return Columns(self.start, (*self.marks[:-1], (column + more, counts + more)))
 
     def counts_at(self, column: int) -> Ints:
         """Return int64[B], the tokens per row in columns [0, column); column <= length."""

@@ -21,7 +21,7 @@ from ..ir.errors import KvantError
 from ..ir.layouts import PageLayout
 from ..ir.plan import AttentionPlan
 from .arguments import constant_arguments, stream_values
-from .bound import Call, argument, bind, bound_calls
+from .bound import argument, bound_calls, bound_steps
 from .machine import this_machine, why_not
 from .memory import HOST, Memory
 from .stream import Floats, Ints, Pair, Steps, Stream
@@ -31,12 +31,14 @@ Array = NDArray[Any]
 # Queries of one launch: the partial results of more would not stay in the caches.
 MOST_QUERIES = 128
 
+# Parts of attend for each thread, at least: so that all of them end at about the same time.
+PARTS_OF_A_THREAD = 4
+
 # Numbers of k or v that one call of the kernel step stores on one thread, at most: that takes some
 # tens of microseconds.
 MOST_STEP = 8192
 
-# What changes of each row with every call of a kernel, in the order of `Call.rows`.
-_STEP_ROWS = ("first", "count", "k_length", "v_length", "k_begin", "k_end", "v_begin", "v_end")
+# What changes of each row with every call of a kernel, in the order of `BoundKernel.rows`.
 _ATTEND_ROWS = ("length_of", "k_encoded", "k_tail_first", "v_encoded", "v_tail_first")
 
 
@@ -49,6 +51,7 @@ class Library:
         arguments: of each kernel, in order: "name:dtype" for arrays, "name" for int64.
         split_tokens: positions of one split.
         tile_queries: queries of one tile of attend_block.
+        item_heads: KV heads that one part of attend takes at most, a divisor of all.
         layouts: kinds of the page layouts of k and v.
         decode: those of the functions that attend with one query a row, in order.
     """
@@ -57,6 +60,7 @@ class Library:
     arguments: dict[str, list[str]]
     split_tokens: int
     tile_queries: int
+    item_heads: int
     layouts: tuple[str, str]
     decode: dict[str, Callable[..., None]] = field(init=False)
 
@@ -86,10 +90,11 @@ def load_library(files: Mapping[str, bytes], where: str) -> Library:
             fix="compile the artifact again",
         )
     launch = json.loads(files["launch.json"])
-    if not {"layouts", "kernels"} <= launch.keys() or "step" not in launch["kernels"]:
+    if not {"layouts", "item_heads"} <= launch.keys() or "step" not in launch.get("kernels", ()):
         raise KvantError(
             "kernels-missing",
-            "launch.json names no layouts or no kernel step: an earlier version of kvant wrote it",
+            "launch.json lacks layouts, item_heads or the kernel step: an earlier version of kvant "
+            "wrote it",
             where=where,
             fix="compile the artifact again",
         )
@@ -107,6 +112,7 @@ def load_library(files: Mapping[str, bytes], where: str) -> Library:
         launch["kernels"],
         launch["split_tokens"],
         launch["tile_queries"],
+        launch["item_heads"],
         tuple(launch["layouts"]),
     )
 
@@ -155,32 +161,6 @@ class _Scratch(threading.local):
         if have is None or have.size < count or have.dtype != dtype:
             have = self.arrays[name] = np.zeros(count, dtype)
         return have
-
-
-@dataclass(slots=True)
-class _Step:
-    """Implements `stream.Steps`.
-
-    Attributes:
-        call: the kernel step.
-        bad: what it could not store.
-        last: rows of the last call that counts.
-        onward: what is added to them for the next one.
-    """
-
-    call: Call
-    bad: Ints
-    last: Ints
-    onward: Ints
-
-    def __call__(self) -> bool:
-        rows = self.call.rows
-        np.add(self.last, self.onward, rows)
-        self.call.kernel(*self.call.given)
-        if self.bad.item(0):
-            return False
-        self.last[:] = rows
-        return True
 
 
 class Kernels:
@@ -256,23 +236,13 @@ class Kernels:
                 fix="store scales as bf16 or f32, or rotate or scale the channels first",
             )
 
-    def steps(
-        self, layer: int, streams: Pair, grows: tuple[int, int], new: tuple[Floats, Floats]
-    ) -> Steps | None:
+    def steps(self, layer: int, streams: Pair) -> Steps | None:
         """Return what appends one token a row in one call; see `stream.Kernels`."""
-        if max(x.size for x in new) > MOST_STEP:
+        (k, v), library, batch = streams, self._library(layer), len(streams[0].length)
+        if batch * max(s.plan.elements_per_token for s in streams) > MOST_STEP:
             return None
-        (k, v), library, batch = streams, self._library(layer), len(new[0])
-        bad = np.zeros(1 + 4 * batch * k.plan.heads, np.int64)
-        values = stream_values(k) | stream_values(v) | self._constants[layer]
-        values |= {"k_x": new[0], "v_x": new[1], "bad": bad, "batch": batch, "tokens": 1}
-        call = bind(library.functions["step"], library.arguments["step"], values, _STEP_ROWS, batch)
-        k_grow, v_grow = grows
-        begun = (k.encoded - k_grow, k.encoded, v.encoded - v_grow, v.encoded)
-        none = np.zeros(batch, np.int64)
-        last = np.concatenate([none, none + 1, k.length - 1, v.length - 1, *begun])
-        onward = np.repeat([0, 0, 1, 1, k_grow, k_grow, v_grow, v_grow], batch)
-        return _Step(call, bad, last, onward)
+        values = stream_values(k) | stream_values(v) | self._constants[layer] | {"batch": batch}
+        return bound_steps(library.functions["step"], library.arguments["step"], values)
 
     def attend(self, layer: int, q: Floats, k: Stream, v: Stream) -> tuple[Floats, Floats]:
         """Return output and log-sum-exp; see `stream.Kernels`."""
@@ -283,14 +253,14 @@ class Kernels:
         if not out.size:
             return out, lse
         if queries <= MOST_QUERIES:
-            self._attend(layer, q, k, v, k.length, out, lse, one=queries == 1)
+            self._attend(layer, q, k, v, k.length, out, lse, decodes=queries == 1)
             return out, lse
         for begin in range(0, queries, MOST_QUERIES):
             part = slice(begin, min(queries, begin + MOST_QUERIES))
             some_out, some_lse = out[:, :, part].copy(), lse[:, :, part].copy()
             # These are the last queries of a row that ends where they end.
             length = k.length - (queries - part.stop)
-            self._attend(layer, q[:, :, part], k, v, length, some_out, some_lse, one=False)
+            self._attend(layer, q[:, :, part], k, v, length, some_out, some_lse, decodes=False)
             out[:, :, part], lse[:, :, part] = some_out, some_lse
         return out, lse
 
@@ -307,21 +277,22 @@ class Kernels:
         out: Floats,
         lse: Floats,
         *,
-        one: bool,
+        decodes: bool,
     ) -> None:
-        """Write out and lse; `one`: a query a row, else the queries of a block."""
+        """Write out and lse; `decodes`: one query a row, else those of a block."""
         plan, library = self._plans[layer], self._library(layer)
         batch, _, queries, _ = q.shape
         longest = max(length.tolist()) - plan.k.tokens.sink
         splits = max(1, -(-longest // library.split_tokens))
         tiles = -(-queries // library.tile_queries)
-        padded = 1 if one else tiles * library.tile_queries
+        padded = 1 if decodes else tiles * library.tile_queries
         rows = padded * plan.group
         values: dict[str, Any] = {}
         values |= self._workspace(plan, batch * plan.k.heads * rows, splits)
         values |= {"q": q, "out": out, "lse": lse, "length_of": length, "batch": batch}
         values |= {"splits": splits, "rows": rows, "tiles": tiles, "queries": queries}
-        if one:
+        if decodes:
+            values["chunks"] = chunks_of(plan.k.heads, library.item_heads, batch * splits)
             self._attend_one(layer, k, v, values)
             return
         values |= stream_values(k) | stream_values(v) | self._constants[layer]
@@ -353,6 +324,30 @@ class Kernels:
 
     def _library(self, layer: int) -> Library:
         return self._libraries[self._keys[layer]]
+
+
+def chunks_of(heads: int, most: int, items: int) -> int:
+    """Return in how many chunks of heads `items` parts are cut, so that all threads have work.
+
+    Whole rows of heads read memory in order, so there are no more chunks than that takes. The
+    result has the same bits for any number.
+
+    Args:
+        heads: of keys and values.
+        most: heads of a chunk at most.
+        items: rows of the batch times splits.
+    """
+    threads = _threads()
+    wanted = -(-PARTS_OF_A_THREAD * threads // items) if threads > 1 else 1
+    least = max(heads // most, min(wanted, heads))
+    return next(n for n in range(least, heads + 1) if heads % n == 0)
+
+
+def _threads() -> int:
+    """Return how many threads a kernel uses, about as `pool.c` counts them."""
+    available = len(os.sched_getaffinity(0))
+    wanted = os.environ.get("KVANT_NUM_THREADS", "")
+    return max(1, min(available, int(wanted))) if wanted.isdecimal() else available
 
 
 def _below(files: Mapping[str, bytes], key: str) -> dict[str, bytes]:

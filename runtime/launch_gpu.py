@@ -85,7 +85,7 @@ class Kernels:
             layer, f"append_{stream.plan.role}", (_tiles(tokens, tile), batch * heads), values
         )
 
-    def steps(self, layer: int, streams: Pair, grows: tuple[int, int], new: Any) -> Steps | None:
+    def steps(self, layer: int, streams: Pair) -> Steps | None:
         """Return None: nothing is faster here than `append` and `encode`."""
         return None
 

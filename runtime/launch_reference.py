@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 
 from ..ir.arrangements import ROWS
 from ..ir.attention import EXACT, attend, round_queries
-from ..ir.encodings import Bfp, Int
+from ..ir.encodings import Dense
+from ..ir.encodings.slices import with_prefix
 from ..ir.errors import KvantError
 from ..ir.integers import Coded, Integers
-from ..ir.layouts import PageLayout
+from ..ir.layouts import PageLayout, Part
 from ..ir.maps import apply
 from ..ir.plan import AttentionPlan, StreamPlan
 from ..ir.tolerance import score_rounding
@@ -58,7 +59,7 @@ class Kernels:
         for row, part in enumerate(mapped):
             _store(stream, row, part)
 
-    def steps(self, layer: int, streams: Pair, grows: tuple[int, int], new: Any) -> Steps | None:
+    def steps(self, layer: int, streams: Pair) -> Steps | None:
         """Return None: nothing is faster here than `append` and `encode`."""
         return None
 
@@ -128,26 +129,39 @@ class Kernels:
 def integers_of(plan: AttentionPlan, k: Stream, v: Stream) -> Integers | None:
     """Return the arithmetic of one query over two streams, or None where nothing is rounded."""
     k_coded, v_coded = (_coded(stream) for stream in (k, v))
-    if not any(one is not None for one in [*k_coded, *v_coded]):
+    if not any([*k_coded, *v_coded]):
         return None
     return Integers(k_coded, v_coded)
 
 
-def _coded(stream: Stream) -> list[Coded | None]:
-    """Return the scales of each row's pages, None for what no integer dot product reads."""
-    rest = stream.plan.tokens.rest
-    if stream.layout.kind == ROWS or not isinstance(rest, Int | Bfp):
-        return [None] * len(stream.length)
-    coded: list[Coded | None] = []
+def _coded(stream: Stream) -> list[list[Coded]]:
+    """Return the scales of each row's pages, none for what no integer dot product reads."""
+    layout, coded = stream.layout, []
     for row, (begin, end) in enumerate(zip(stream.held, stream.encoded, strict=True)):
-        if end <= begin:
-            coded.append(None)
-            continue
-        pages = _pages_of(stream, row, int(begin), int(end))
-        scale = np.concatenate([rest.scales(stream.layout.unpack(page)) for page in pages], axis=1)
-        tokens = int(end - begin)
-        coded.append(Coded(int(begin), rest, scale[:, : -(-tokens // rest.group_tokens)]))
+        own: list[Coded] = []
+        if layout.kind != ROWS and end > begin:
+            pages = _pages_of(stream, row, int(begin), int(end))
+            fields = [layout.unpack(page) for page in pages]
+            own = [
+                _coded_part(part, part.format, fields, int(begin), int(end))
+                for part in layout.parts
+                if isinstance(part.format, Dense)
+            ]
+        coded.append(own)
     return coded
+
+
+def _coded_part(
+    part: Part, dense: Dense, pages: list[dict[str, Array]], begin: int, end: int
+) -> Coded:
+    """Return the scales of a slice, or of all channels; what it says if more is stored."""
+    fields = [with_prefix(part.prefix, page) for page in pages]
+    scale = np.concatenate([dense.scales(one) for one in fields], axis=1)
+    scale = scale[:, : -(-(end - begin) // dense.group_tokens)]
+    if not part.prefix and part.sparse is None:
+        return Coded(begin, dense, scale)
+    codes = np.concatenate([dense.decode(one) for one in fields], axis=1)
+    return Coded(begin, dense, scale, codes, slice(part.first, part.first + part.width))
 
 
 def read_stream(stream: Stream) -> Array:

@@ -344,7 +344,7 @@ def _fill(reader: _Reader, cache: "Cache", state: State) -> None:
     """Read the content into an empty cache."""
     cache.reserved = state.reserved
     for layer, saved in zip(cache.layers, state.layers, strict=True):
-        layer.columns = saved.columns
+        layer.marked = saved.columns
         for stream, held, encoded in zip(layer.streams, saved.held, saved.encoded, strict=True):
             take_pages(stream, held, encoded)
             stream.held, stream.encoded, stream.tail_first = held, encoded, encoded.copy()

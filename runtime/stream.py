@@ -29,6 +29,7 @@ Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 
 _TAIL_MIN = 64  # tokens; a smaller tail would be moved often
+_SLIDE = 256  # tokens that are better copied within a tail, which then has room for them twice
 
 
 @dataclass(slots=True)
@@ -80,8 +81,27 @@ class Stream:
 
 Pair = tuple[Stream, Stream]
 """k and v of a layer."""
-Steps = Callable[[], bool]
-"""Stores one more token a row of k and v; whether it did."""
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """What appends one token a row, again and again.
+
+    Attributes:
+        call: stores one more token a row of k and v, and encodes; `length` and `encoded` of both
+            streams move on within the arrays that they are. Arguments: for k, then for v, where the
+            token is, [B, H, 1, D] without gaps, as an address; its type, a number of TYPES; and how
+            many tokens are encoded, 0 or 1, the latter where `Tokens.one_by_one`. Returns 0; else
+            nothing counts, for `append` or `encode` would refuse.
+        kept: memory that the call reads and writes.
+    """
+
+    call: Callable[[int, int, int, int, int, int], int]
+    kept: tuple[Array, ...]
+
+
+TYPES = ("float32", "bfloat16")
+"""Number types of new tokens that `Steps` take."""
 
 
 class Kernels(Protocol):
@@ -114,16 +134,11 @@ class Kernels(Protocol):
         `begin` is `encoded`, or past it where a window already hides what is between.
         """
 
-    def steps(
-        self, layer: int, streams: Pair, grows: tuple[int, int], new: tuple[Floats, Floats]
-    ) -> Steps | None:
-        """Return what appends one token a row and encodes, again and again, or None.
+    def steps(self, layer: int, streams: Pair) -> Steps | None:
+        """Return what appends one token a row and encodes, again and again.
 
-        Each call appends what the arrays of `new`, [B, H, 1, D] of k and v, hold then: the first
-        one as positions `length`, the second one after these. It encodes `grows` tokens of each
-        stream, at first from `encoded` on. Tail, table and pages stay what they are, and have room.
-        A call that returns False stored nothing that counts: `append` or `encode` would refuse.
-        None: that would not be faster than `append` and `encode`.
+        It is for the arrays that the streams have now, which must have room. No two streams share
+        `length` or `encoded`. None: that would not be faster than `append` and `encode`.
         """
 
     def attend(self, layer: int, q: Floats, k: Stream, v: Stream) -> tuple[Floats, Floats]:
@@ -222,7 +237,7 @@ def pages_before(stream: Stream, position: Ints) -> Ints:
 def take_pages(stream: Stream, begin: Ints, end: Ints) -> None:
     """Extend the table so that every row has pages for positions [begin, end).
 
-    A page of which positions before `begin` are used is there already.
+    A page of which positions before `begin` are used is there already; others may be.
 
     Raises: KvantError "cache-full"; `drop_pages` gives back what was taken until then.
     """
@@ -231,7 +246,8 @@ def take_pages(stream: Stream, begin: Ints, end: Ints) -> None:
         return
     for row in range(len(have)):
         for i in range(int(have[row]), int(need[row])):
-            stream.table[row, i] = stream.pool.take()
+            if stream.table[row, i] < 0:
+                stream.table[row, i] = stream.pool.take()
 
 
 def drop_pages(stream: Stream) -> None:
@@ -252,10 +268,12 @@ def make_room(stream: Stream, new_length: Ints, ahead: int = 0) -> None:
         new_length: int64[B].
         ahead: tokens that are likely to follow; at most those for which a new tail has room.
     """
-    if int((new_length - stream.tail_first).max()) + ahead <= stream.tail.shape[2]:
+    slots = zip(new_length.tolist(), stream.tail_first.tolist(), strict=True)
+    if max(last - first for last, first in slots) + ahead <= stream.tail.shape[2]:
         return
     need = max(0, int((new_length - stream.encoded).max()))
-    _move_tail(stream, _room_for(need))
+    if need + _TAIL_MIN // 2 > stream.tail.shape[2] or not _slide_tail(stream):
+        _move_tail(stream, _room_for(need))
 
 
 def trim(stream: Stream) -> None:
@@ -267,16 +285,31 @@ def trim(stream: Stream) -> None:
 
 def _room_for(live: int) -> int:
     """Return a capacity with a quarter free, so that each token is moved a few times at most."""
-    return live + max(_TAIL_MIN, live // 4)
+    return live + max(_TAIL_MIN, live // 4, min(live, _SLIDE) + _TAIL_MIN // 4)
+
+
+def _slide_tail(stream: Stream) -> bool:
+    """Copy what is live to the front of the tail, unless that lies over itself; return whether."""
+    live, at = _live(stream)
+    if any(begin < count for count, begin in zip(live, at, strict=True)):
+        return False
+    for row, (count, begin) in enumerate(zip(live, at, strict=True)):
+        stream.tail[row, :, :count] = stream.tail[row, :, begin : begin + count]
+    stream.tail_first = stream.encoded.copy()  # the old place was right until here
+    return True
+
+
+def _live(stream: Stream) -> tuple[list[int], list[int]]:
+    """Return how many slots of the tail of each row are in use, and from which on."""
+    live = np.maximum(stream.length - stream.encoded, 0)
+    return live.tolist(), (stream.encoded - stream.tail_first).tolist()
 
 
 def _move_tail(stream: Stream, capacity: int) -> None:
     """Copy what is live to the front of a new tail."""
     batch, heads, _, channels = stream.tail.shape
     tail = stream.memory.zeros((batch, heads, capacity, channels))
-    for row in range(batch):
-        live = max(0, int(stream.length[row] - stream.encoded[row]))
-        at = int(stream.encoded[row] - stream.tail_first[row])
+    for row, (live, at) in enumerate(zip(*_live(stream), strict=True)):
         tail[row, :, :live] = stream.tail[row, :, at : at + live]
     first = stream.encoded.copy()
     stream.tail, stream.tail_first = tail, first

@@ -72,9 +72,9 @@ class _Shifted:
         """See `stream.Kernels`."""
         self.kernels.append(self.at + layer, stream, x, first, count)
 
-    def steps(self, layer: int, streams: Pair, grows: tuple[int, int], new: Any) -> Steps | None:
+    def steps(self, layer: int, streams: Pair) -> Steps | None:
         """See `stream.Kernels`."""
-        return self.kernels.steps(self.at + layer, streams, grows, new)
+        return self.kernels.steps(self.at + layer, streams)
 
     def encode(self, layer: int, stream: Stream, begin: Any, end: Any) -> None:
         """See `stream.Kernels`."""

@@ -24,6 +24,7 @@ from .cpu_encode import encode
 from .cpu_link import link, linked, missing
 from .cpu_prepare import prepare
 from .cpu_quads import layouts, path_of
+from .cpu_rows import item_heads
 from .cpu_step import step
 from .cpu_text import Kernel
 from .kernel_text import HOST_KERNELS, KERNELS
@@ -71,15 +72,21 @@ def compile_cpu(source: Source[Kernel], cpu: Cpu) -> dict[str, bytes]:
         binaries = {"kernels.so": link(code.object, cpu)}
     else:
         binaries = {"kernels.o": code.object, "kernels.s": code.assembly.encode()}
-    launch = {
-        "facts": _facts(source.plan, cpu, binaries.get("kernels.so")),
+    launch = launch_facts(source, cpu, binaries.get("kernels.so"))
+    text = json.dumps(launch, indent=1, sort_keys=True) + "\n"
+    return binaries | {"kernels.py": source.text().encode(), "launch.json": text.encode()}
+
+
+def launch_facts(source: Source[Kernel], cpu: Cpu, library: bytes | None) -> dict[str, Any]:
+    """Return launch.json: what the runtime has to know of a library of all kernels of a source."""
+    return {
+        "facts": _facts(source.plan, cpu, library),
+        "item_heads": item_heads(source.plan),
         "kernels": {kernel.name: kernel.arguments() for kernel in source.kernels},
         "layouts": [layout.kind for layout in layouts(source.plan)],
         "split_tokens": split_tokens(source.plan),
         "tile_queries": TILE_QUERIES,
     }
-    text = json.dumps(launch, indent=1, sort_keys=True) + "\n"
-    return binaries | {"kernels.py": source.text().encode(), "launch.json": text.encode()}
 
 
 def available(cpu: Cpu) -> str | None:

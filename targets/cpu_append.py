@@ -12,7 +12,7 @@ from math import gcd
 
 from ..ir.plan import StreamPlan
 from .cpu_maps import write_maps
-from .cpu_text import Kernel, at, bits_as, cast, rounded, splat
+from .cpu_text import Kernel, at, bits_as, cast, fold, rounded, splat
 from .kernel_text import append_arguments
 
 
@@ -30,26 +30,17 @@ def append(stream: StreamPlan) -> Kernel:
         if store:
             _write_flag(kernel, heads)
         with kernel.block(f"for bh in T.parallel(batch * {heads})"):
+            kernel.let("b", f"T.truncdiv(bh, T.int64({heads}))")
+            kernel.let("h", f"T.truncmod(bh, T.int64({heads}))")
             kernel.let("mark", "bh")
-            guard = "T.Select(flag[0] > 0, T.int64(0), count[b])" if store else "count[b]"
-            write_tokens(kernel, stream, "x", guard, check=not store, store=store)
+            if not store:
+                kernel.line("bad[mark] = T.int64(0)")
+            count = "T.Select(flag[0] > 0, T.int64(0), count[b])" if store else "count[b]"
+            with kernel.block(f"for t in T.serial({count})"):
+                kernel.let("source", f"(bh * tokens + first[b] + t) * {stream.channels}")
+                kernel.let("position", f"{role}_length[b] + t")
+                write_token(kernel, stream, "x", found=None if store else "t + 1", store=store)
     return kernel
-
-
-def write_tokens(
-    kernel: Kernel, stream: StreamPlan, x: str, count: str, *, check: bool, store: bool
-) -> None:
-    """Check or store the first `count` new tokens of head bh; `bad[mark]` takes what is found."""
-    heads = stream.heads
-    kernel.let("b", f"T.truncdiv(bh, T.int64({heads}))")
-    kernel.let("h", f"T.truncmod(bh, T.int64({heads}))")
-    kernel.scratch("y", stream.channels, "float64")
-    kernel.scratch("z", stream.channels, "float64")
-    kernel.scratch("largest", 8, "int32")
-    if check:
-        kernel.line("bad[mark] = T.int64(0)")
-    with kernel.block(f"for t in T.serial({count})"):
-        _write_token(kernel, stream, x, check=check, store=store)
 
 
 def _write_flag(kernel: Kernel, heads: int) -> None:
@@ -58,23 +49,37 @@ def _write_flag(kernel: Kernel, heads: int) -> None:
         kernel.line("flag[0] = T.max(flag[0], bad[i])")
 
 
-def _write_token(kernel: Kernel, stream: StreamPlan, x: str, *, check: bool, store: bool) -> None:
-    """Check or store token t of head bh, or both."""
-    role, width, sink = stream.role, stream.channels, stream.tokens.sink
-    lanes = gcd(8, width)
-    kernel.let("source", f"(bh * tokens + first[b] + t) * {width}")
+def write_token(
+    kernel: Kernel, stream: StreamPlan, x: str, *, found: str | None, store: bool
+) -> None:
+    """Check or store the token at `source` of x as `position` of head h of row b, or both.
+
+    Args:
+        kernel: where to write; b, h, bh = b * H + h are bound.
+        stream: where the token goes.
+        x: f32 array.
+        found: what `bad[mark]` becomes, if it is 0, where a number is not finite; None not to look.
+        store: whether to store.
+    """
+    width, lanes = stream.channels, gcd(8, stream.channels)
     value = at(x, f"source + j * {lanes}", lanes)
     if stream.maps:
+        for name in ("y", "z"):
+            kernel.scratch(name, width, "float64")
         with kernel.block(f"for j in T.serial({width // lanes})"):
             kernel.line(f"{at('y', f'j * {lanes}', lanes)} = {cast('float64', value, lanes)}")
         y = write_maps(kernel, stream.maps, width, "h")
         value = cast("float32", at(y, f"j * {lanes}", lanes), lanes)
     kept = rounded(value, stream.tokens.raw.dtype, lanes)
-    if check:
-        _write_check(kernel, dict.fromkeys((value, kept)), width, lanes)
-    if not store:
-        return
-    kernel.let("position", f"{role}_length[b] + t")
+    if found is not None:
+        _write_check(kernel, dict.fromkeys((value, kept)), width, lanes, found)
+    if store:
+        _write_kept(kernel, stream, kept, lanes)
+
+
+def _write_kept(kernel: Kernel, stream: StreamPlan, kept: str, lanes: int) -> None:
+    """Store what is kept of the token: vectors j of `kept`."""
+    role, width, sink = stream.role, stream.channels, stream.tokens.sink
     kernel.let("slot", f"bh * {role}_capacity + position - {role}_tail_first[b]")
 
     def copy(buffer: str, base: str) -> None:
@@ -90,12 +95,13 @@ def _write_token(kernel: Kernel, stream: StreamPlan, x: str, *, check: bool, sto
         copy(f"{role}_tail", f"slot * {width}")
 
 
-def _write_check(kernel: Kernel, values: Iterable[str], width: int, lanes: int) -> None:
-    """Set bad[mark] if a value of the token is not finite.
+def _write_check(kernel: Kernel, values: Iterable[str], width: int, lanes: int, found: str) -> None:
+    """Set bad[mark] to `found` if a value of the token is not finite.
 
     That is so if its bits without the sign are those of Inf or more. Values are looked at before
     and after rounding, which may make Inf, or lose a NaN.
     """
+    kernel.scratch("largest", lanes, "int32")
     kernel.line(f"{at('largest', '0', lanes)} = {splat('T.int32(0)', lanes)}")
     with kernel.block(f"for j in T.serial({width // lanes})"):
         mask = splat("T.int32(0x7FFFFFFF)", lanes)
@@ -103,7 +109,6 @@ def _write_check(kernel: Kernel, values: Iterable[str], width: int, lanes: int) 
         for value in values:
             bits = f"T.bitwise_and({bits_as('int32', value, lanes)}, {mask})"
             kernel.line(f"{largest} = T.max({largest}, {bits})")
-    for i in range(1, lanes):
-        kernel.line(f"largest[0] = T.max(largest[0], largest[{i}])")
+    fold(kernel, "largest", lanes, "T.max({}, {})")
     with kernel.block("if largest[0] >= T.int32(0x7F800000)"):
-        kernel.line("bad[mark] = T.Select(bad[mark] == T.int64(0), t + 1, bad[mark])")
+        kernel.line(f"bad[mark] = T.Select(bad[mark] == T.int64(0), {found}, bad[mark])")

@@ -1,40 +1,63 @@
 """The kernels attend (one query a row) and attend_block (tiles of eight queries).
 
-A work item is (row b, KV head h, split) and, in attend_block, a tile of queries. Inside an item:
+A work item of attend is (row b, split, KV heads [h0, h1)), one of attend_block (row b, KV head h,
+split, tile of queries). Inside an item:
 
     scores    logits[r, position] from sink, pages and tail of K
     softmax   p = exp(s - max), kept in place; max and sum of the split
     values    part_out[r, c] = sum p v from sink, pages and tail of V
 
-The G query heads of a KV head share each unpacked code. attend_block decodes a page to f32 once for
-all its rows, so it has no arithmetic of its own for each format. Rows of `query` are ordered
+Scores and values go page by page, heads innermost, and what heads keep meanwhile lies in scratch.
+How many of them an item takes is the caller's choice and changes no bit. The G query heads of a KV
+head share each unpacked code. attend_block decodes a page to f32 once for all its rows, so it has
+no arithmetic of its own for each format. Rows of `query` are ordered
 [B, H, T, G], padded to whole tiles.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
+from math import gcd
 
 from ..ir.arrangements import CHANNEL_QUADS, ROWS, TOKEN_QUADS
-from ..ir.encodings import Drop, Raw
+from ..ir.encodings import Raw
 from ..ir.plan import AttentionPlan
 from .cpu_math import NEGATIVE
 from .cpu_pages import PageReader, Readers
-from .cpu_quads import integer_queries, layouts
-from .cpu_regions import stream_arguments, write_ask, write_regions, write_split
-from .cpu_rows import Rows, blocks, row_stride
+from .cpu_quads import integer_queries, lanes_of, layouts
+from .cpu_regions import (
+    asks_ahead,
+    stream_arguments,
+    write_first_asks,
+    write_regions,
+    write_split,
+)
+from .cpu_rows import PAD, Rows, blocks, item_heads, row_stride
 from .cpu_scores import (
     score_scratch,
+    write_entry_scores,
     write_page_params,
     write_page_scores,
     write_raw_scores,
 )
 from .cpu_scores_int import key_dots, score_scratch_int, write_page_scores_int
-from .cpu_softmax import write_softmax
+from .cpu_softmax import Softmax, write_softmax
 from .cpu_text import Kernel, at, fma, number, splat
-from .cpu_tiles import write_key_tile, write_tile_scores, write_value_tile
-from .cpu_values import value_scratch, write_page_values, write_raw_values
+from .cpu_tiles import (
+    write_dropped_keys,
+    write_dropped_values,
+    write_key_tile,
+    write_tile_scores,
+    write_value_tile,
+)
+from .cpu_values import (
+    value_scratch,
+    write_entry_values,
+    write_page_values,
+    write_raw_values,
+)
 from .cpu_values_int import value_dots, value_scratch_int, write_page_values_int
 from .machines import Cpu
 
@@ -50,72 +73,96 @@ PageWriter = Callable[[Kernel, PageReader, Rows], None]
 
 def attend(plan: AttentionPlan, cpu: Cpu) -> Kernel:
     """Return the kernel for one query a row."""
-    kernel, group = Kernel("attend"), plan.group
+    kernel, group, heads = Kernel("attend"), plan.group, plan.k.heads
     readers = _arguments(kernel, plan, decode=True)
-    kernel.scalar("batch")
-    kernel.scalar("splits")
-    with kernel.block(f"for item in T.parallel(batch * {plan.k.heads} * splits)"):
-        # Heads are innermost: the blocks of all heads of a page are neighbours in memory.
-        kernel.let("h", f"T.truncmod(item, T.int64({plan.k.heads}))")
-        kernel.let("bs", f"T.truncdiv(item, T.int64({plan.k.heads}))")
+    for name in ("batch", "splits", "chunks"):
+        kernel.scalar(name)
+    with kernel.block("for item in T.parallel(batch * splits * chunks)"):
+        kernel.let("chunk", "T.truncmod(item, chunks)")
+        kernel.let("bs", "T.truncdiv(item, chunks)")
         kernel.let("split", "T.truncmod(bs, splits)")
         kernel.let("b", "T.truncdiv(bs, splits)")
-        kernel.let("bh", f"b * {plan.k.heads} + h")
+        kernel.let("h0", f"T.truncdiv(chunk * {heads}, chunks)")
+        kernel.let("h1", f"T.truncdiv((chunk + 1) * {heads}, chunks)")
         write_split(kernel, plan)
-        kernel.let("row_base", f"bh * {group}")
-        kernel.let("part_base", f"(bh * splits + split) * {group}")
+        kernel.let("item_row", f"(b * {heads} + h0) * {group}")
+        kernel.let("item_part", f"(bs * {heads} + h0) * {group}")
+        kernel.let("item_rows", f"(h1 - h0) * {group}")
         first = "lo" if plan.window is None else f"T.max(lo, length - {plan.window})"
         kernel.let("see0", first)
         kernel.let("see1", "hi")
-        _write_bases(kernel, plan)
         with kernel.block("if see1 > see0"):
             _write_decode(kernel, plan, cpu, *readers)
-        _write_empty(kernel, group)
+        _write_empty(kernel, "item_part", "item_rows")
     return kernel
+
+
+@contextmanager
+def _heads(kernel: Kernel, plan: AttentionPlan) -> Iterator[None]:
+    """Write a loop over the heads of the item, with where the rows of each one begin."""
+    with kernel.block("for h in T.serial(h0, h1)"):
+        kernel.let("head_row", f"(h - h0) * {plan.group}")
+        kernel.let("q_base", f"(item_row + head_row) * {plan.k.channels}")
+        kernel.let("o_base", f"(item_part + head_row) * {plan.v.channels}")
+        kernel.let("logit_base", f"head_row * {row_stride(plan)} + {PAD} - lo")
+        yield
 
 
 def _write_decode(
     kernel: Kernel, plan: AttentionPlan, cpu: Cpu, k_readers: Readers, v_readers: Readers
 ) -> None:
     group = plan.group
-    kernel.scratch("logits", group * row_stride(plan))
+    kernel.scratch("logits", item_heads(plan) * group * row_stride(plan))
     kernel.note("scores")
     k_rows = [_rows(plan, plan.k.channels, *block) for block in blocks(group, MOST_SCORE_ROWS)]
-    k_page = _key_pages(kernel, k_readers, group, cpu)
+    k_page = _key_pages(kernel, k_readers, plan, cpu)
     _each(kernel, plan, "k", k_readers, k_rows, write_raw_scores, k_page)
     kernel.note("softmax; what comes next is asked for before it")
-    if v_readers:
-        write_ask(kernel, v_readers, plan.v.tokens.sink, "h")
-    rows = _rows(plan, plan.v.channels, 0, group)
-    write_softmax(kernel, rows, "see0", "see1", plan.softcap, "part_base")
+    if asks_ahead(v_readers):
+        write_first_asks(kernel, v_readers, plan.v.tokens.sink)
+    write_softmax(kernel, _softmax(plan, "item_rows", cpu, alike=True), "see0", "see1", "item_part")
     kernel.note("values")
-    _write_zero_outputs(kernel, plan, group)
+    _write_zero_outputs(kernel, plan, "item_part", "item_rows")
     v_rows = [_rows(plan, plan.v.channels, *block) for block in blocks(group, MOST_VALUE_ROWS)]
     v_page = _value_pages(kernel, v_readers, group, cpu)
-    if k_readers:
-        write_ask(
-            kernel, k_readers, plan.k.tokens.sink, f"T.min(h + 1, T.int64({plan.k.heads - 1}))"
-        )
     _each(kernel, plan, "v", v_readers, v_rows, write_raw_values, v_page)
 
 
-def _key_pages(kernel: Kernel, readers: Readers, group: int, cpu: Cpu) -> PageWriter:
+def _softmax(plan: AttentionPlan, rows: str, cpu: Cpu, *, alike: bool) -> Softmax:
+    count, lanes = f'T.Cast("int32", {rows})', lanes_of(cpu)
+    return Softmax(count, row_stride(plan), plan.softcap, lanes, alike)
+
+
+def _key_pages(kernel: Kernel, readers: Readers, plan: AttentionPlan, cpu: Cpu) -> PageWriter:
     """Declare what the scores of an item need, and return what writes those of a page."""
+    group, heads = plan.group, item_heads(plan)
     if readers[0].layout.kind != ROWS:
-        keys = key_dots(readers[0], group, cpu)
-        score_scratch_int(kernel, keys)
-        return lambda kernel, reader, rows: write_page_scores_int(kernel, keys, rows)
+        keys = {reader: key_dots(reader, group, cpu) for reader in readers}
+        for own in keys.values():
+            score_scratch_int(kernel, own, heads)
+
+        def write_scores(kernel: Kernel, reader: PageReader, rows: Rows) -> None:
+            write_page_scores_int(kernel, keys[reader], rows)
+            write_entry_scores(kernel, reader, rows)
+
+        return write_scores
     for reader in readers:
-        score_scratch(kernel, reader, group)
+        score_scratch(kernel, reader, group, heads)
     return write_page_scores
 
 
 def _value_pages(kernel: Kernel, readers: Readers, group: int, cpu: Cpu) -> PageWriter:
     """Declare what the values of an item need, and return what adds those of a page."""
-    if readers and readers[0].layout.kind != ROWS:
-        values = value_dots(readers[0], group, cpu)
-        value_scratch_int(kernel, values)
-        return lambda kernel, reader, rows: write_page_values_int(kernel, values, rows)
+    if readers[0].layout.kind != ROWS:
+        values = {reader: value_dots(reader, group, cpu) for reader in readers}
+        for own in values.values():
+            value_scratch_int(kernel, own)
+
+        def write_values(kernel: Kernel, reader: PageReader, rows: Rows) -> None:
+            write_page_values_int(kernel, values[reader], rows)
+            write_entry_values(kernel, reader, rows)
+
+        return write_values
     value_scratch(kernel, readers, group)
     return write_page_values
 
@@ -142,7 +189,8 @@ def _each(
             for block in rows:
                 page(kernel, reader, block)
 
-    write_regions(kernel, readers, plan.k if role == "k" else plan.v, on_raw, on_page)
+    stream = plan.k if role == "k" else plan.v
+    write_regions(kernel, readers, stream, on_raw, on_page, partial(_heads, kernel, plan))
 
 
 def attend_block(plan: AttentionPlan, cpu: Cpu) -> Kernel:
@@ -160,15 +208,18 @@ def attend_block(plan: AttentionPlan, cpu: Cpu) -> Kernel:
         kernel.let("b", f"T.truncdiv(bh, T.int64({plan.k.heads}))")
         write_split(kernel, plan)
         kernel.let("row_base", f"bh * rows + tile * {count}")
-        kernel.let("part_base", f"(bh * splits + split) * rows + tile * {count}")
+        part = f"((b * splits + split) * {plan.k.heads} + h) * rows + tile * {count}"
+        kernel.let("part_base", part)
         kernel.let("p0", f"length - queries + tile * {TILE_QUERIES}")
         first = "lo" if plan.window is None else f"T.max(lo, p0 - {plan.window - 1})"
         kernel.let("see0", first)
         kernel.let("see1", f"T.min(hi, p0 + {TILE_QUERIES})")
-        _write_bases(kernel, plan)
+        kernel.let("q_base", f"row_base * {plan.k.channels}")
+        kernel.let("o_base", f"part_base * {plan.v.channels}")
+        kernel.let("logit_base", f"{PAD} - lo")
         with kernel.block("if see1 > see0"):
             _write_tile(kernel, plan, cpu, *readers)
-        _write_empty(kernel, count)
+        _write_empty(kernel, "part_base", str(count))
     return kernel
 
 
@@ -184,10 +235,11 @@ def _write_tile(
     kernel.note("softmax")
     position = f'(p0 + T.truncdiv(T.Cast("int64", r), T.int64({group})))'
     see0 = "see0" if plan.window is None else f"T.max(see0, {position} - {plan.window - 1})"
-    rows = _rows(plan, plan.v.channels, 0, count)
-    write_softmax(kernel, rows, see0, f"T.min(see1, {position} + 1)", plan.softcap, "part_base")
+    see1 = f"T.min(see1, {position} + 1)"
+    softmax = _softmax(plan, str(count), cpu, alike=False)
+    write_softmax(kernel, softmax, see0, see1, "part_base")
     kernel.note("values")
-    _write_zero_outputs(kernel, plan, count)
+    _write_zero_outputs(kernel, plan, "part_base", str(count))
     _tiled(kernel, plan, cpu, "v", v_readers, write_raw_values)
 
 
@@ -203,13 +255,18 @@ def _tiled(
             raw(kernel, rows, buffer, base, first, last)
 
     def on_page() -> None:
-        if readers and readers[0].layout.kind == CHANNEL_QUADS:
-            write_key_tile(kernel, readers[0], cpu)
+        if readers[0].layout.kind == CHANNEL_QUADS:
+            write_dropped_keys(kernel, readers[0].layout)
+            for reader in readers:
+                write_key_tile(kernel, reader, cpu)
             with kernel.block(f"for rb in T.serial({plan.group * TILE_QUERIES // BLOCK_ROWS})"):
                 write_tile_scores(kernel, readers[0], rows, cpu)
             return
-        if readers and readers[0].layout.kind == TOKEN_QUADS:
-            write_value_tile(kernel, readers[0], cpu)
+        if readers[0].layout.kind == TOKEN_QUADS:
+            tokens = "for t in T.serial(v_t0, T.max(v_t0, v_t1))"
+            write_dropped_values(kernel, readers[0].layout, tokens)
+            for reader in readers:
+                write_value_tile(kernel, reader, cpu)
         else:
             write_decode_page(kernel, readers)
         kernel.let("tile_base", f"T.int64(0) - {role}_pos * {stream.channels}")
@@ -229,10 +286,7 @@ def write_decode_page(kernel: Kernel, readers: Readers) -> None:
         target = f"tile_values[t * {layout.channels} + channel]"
         add = partial(kernel.line, f"{target} = {target} + entry")
         reader.write_entries(kernel, f"{role}_t0", f"{role}_t1", add)
-    for part in (part for part in layout.parts if isinstance(part.format, Drop)):
-        with kernel.block(tokens), kernel.block(f"for j in T.unroll({part.width // 8})"):
-            target = f"t * {layout.channels} + {part.first} + j * 8"
-            kernel.line(f"{at('tile_values', target, 8)} = {number(0.0, 8)}")
+    write_dropped_values(kernel, layout, tokens)
 
 
 def _decode_token(kernel: Kernel, reader: PageReader) -> None:
@@ -279,20 +333,17 @@ def _rows(plan: AttentionPlan, channels: int, first: str | int, count: int) -> R
     return Rows(str(first), count, channels, row_stride(plan))
 
 
-def _write_bases(kernel: Kernel, plan: AttentionPlan) -> None:
-    kernel.let("q_base", f"row_base * {plan.k.channels}")
-    kernel.let("o_base", f"part_base * {plan.v.channels}")
-
-
-def _write_zero_outputs(kernel: Kernel, plan: AttentionPlan, rows: int) -> None:
+def _write_zero_outputs(kernel: Kernel, plan: AttentionPlan, part: str, rows: str) -> None:
+    """Write zeros to `rows` rows of part_out from row `part` on."""
     width = plan.v.channels
-    lanes = 8 if width * rows % 8 == 0 else 1
-    with kernel.block(f"for i in T.serial({rows * width // lanes})"):
-        kernel.line(f"{at('part_out', f'o_base + i * {lanes}', lanes)} = {number(0.0, lanes)}")
+    lanes = gcd(8, width)
+    with kernel.block(f"for i in T.serial({rows} * T.int64({width // lanes}))"):
+        target = at("part_out", f"{part} * {width} + i * {lanes}", lanes)
+        kernel.line(f"{target} = {number(0.0, lanes)}")
 
 
-def _write_empty(kernel: Kernel, rows: int) -> None:
-    """Write the split of an item that sees no key."""
+def _write_empty(kernel: Kernel, part: str, rows: str) -> None:
+    """Write the split of an item that sees no key: `rows` rows from row `part` on."""
     with kernel.block("else"), kernel.block(f"for r in T.serial({rows})"):
-        kernel.line(f"part_max[part_base + r] = {NEGATIVE}")
-        kernel.line(f"part_sum[part_base + r] = {number(0.0)}")
+        kernel.line(f"part_max[{part} + r] = {NEGATIVE}")
+        kernel.line(f"part_sum[{part} + r] = {number(0.0)}")

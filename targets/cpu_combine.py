@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from math import gcd
+
 from ..ir.plan import AttentionPlan
 from .cpu_maps import write_maps
 from .cpu_math import NEGATIVE, write_exp, write_log
-from .cpu_text import Kernel, number
+from .cpu_text import Kernel, at, cast, number, splat
 from .kernel_text import constant_arguments
 
 
@@ -28,22 +30,22 @@ def combine(plan: AttentionPlan) -> Kernel:
     with kernel.block(f"for bhq in T.parallel(batch * {heads})"):
         kernel.let("bh", f"T.truncdiv(bhq, T.int64({group}))")
         kernel.let("h", f"T.truncmod(bh, T.int64({plan.v.heads}))")
+        kernel.let("b", f"T.truncdiv(bh, T.int64({plan.v.heads}))")
         kernel.scratch("y", width, "float64")
         kernel.scratch("z", width, "float64")
         kernel.scratch("sums", 2)
         with kernel.block("for t in T.serial(queries)"):
             kernel.let("row", f"t * {group} + T.truncmod(bhq, T.int64({group}))")
+            part = f"((b * splits + i) * {plan.v.heads} + h) * rows + row"
             kernel.let("o", "bhq * queries + t")
             kernel.line(f"sums[0] = {NEGATIVE}")
             kernel.line(f"sums[1] = {number(0.0)}")
             with kernel.block("for i in T.serial(splits)"):
-                kernel.line("sums[0] = T.max(sums[0], part_max[(bh * splits + i) * rows + row])")
+                kernel.line(f"sums[0] = T.max(sums[0], part_max[{part}])")
             if plan.sinks is not None:
                 _write_sink(kernel, f"sinks[T.truncmod(bhq, T.int64({heads}))]")
             kernel.let("top", "sums[0]")
-            with kernel.block(f"for c in T.serial({width})"):
-                kernel.line(f"y[c] = {number(0.0, 1, 'float64')}")
-            _write_merge(kernel, width)
+            _write_merge(kernel, width, part)
             _write_result(kernel, plan)
     return kernel
 
@@ -75,13 +77,19 @@ def _write_result(kernel: Kernel, plan: AttentionPlan) -> None:
             kernel.line(f"out[o * {width} + c] = {number(0.0)}")
 
 
-def _write_merge(kernel: Kernel, width: int) -> None:
-    """Add every split that saw a key; part_out of the others was never written."""
+def _write_merge(kernel: Kernel, width: int, part: str) -> None:
+    """Add every split i that saw a key, its row is `part`; part_out of others was never written."""
+    lanes = gcd(8, width)
+    with kernel.block(f"for j in T.serial({width // lanes})"):
+        kernel.line(f"{at('y', f'j * {lanes}', lanes)} = {number(0.0, lanes, 'float64')}")
     with kernel.block("for i in T.serial(splits)"):
-        kernel.let("part", "(bh * splits + i) * rows + row")
+        kernel.let("part", part)
         with kernel.block(f"if part_max[part] > {NEGATIVE}"):
             kernel.let("x", "part_max[part] - top")
             write_exp(kernel, "x", "w", 1)
             kernel.line("sums[1] = sums[1] + w * part_sum[part]")
-            with kernel.block(f"for c in T.serial({width})"):
-                kernel.line(f'y[c] = y[c] + T.Cast("float64", w * part_out[part * {width} + c])')
+            with kernel.block(f"for j in T.unroll({width // lanes})"):
+                own = at("part_out", f"part * {width} + j * {lanes}", lanes)
+                total = at("y", f"j * {lanes}", lanes)
+                more = cast("float64", f"{splat('w', lanes)} * {own}", lanes)
+                kernel.line(f"{total} = {total} + {more}")

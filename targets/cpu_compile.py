@@ -106,7 +106,6 @@ def _lower(module: Any, target: Any) -> Any:
         blocks.LowerOpaqueBlock(),
         tirx.FlattenBuffer(),
         tirx.VectorizeLoop(True),
-        tirx.StorageRewrite(),
         tirx.UnrollLoop(),
         tirx.StmtSimplify(),
         tirx.VerifyMemory(),

@@ -15,7 +15,7 @@ from ..ir.plan import AttentionPlan
 from ..ir.planes import code_bits
 from .cpu_attend import MOST_SCORE_ROWS, MOST_VALUE_ROWS, attend
 from .cpu_compile import assembly
-from .cpu_pages import readers_of
+from .cpu_pages import PageReader, readers_of
 from .cpu_quads import lanes_of, layouts, value_lanes
 from .cpu_rows import blocks
 from .machines import Cpu
@@ -51,25 +51,43 @@ def _count(plan: AttentionPlan, role: str, cpu: Cpu) -> float | None:
     if layout.kind == ROWS:
         return None
     stream, other = (plan.k, plan.v) if role == "k" else (plan.v, plan.k)
-    (reader,) = readers_of(stream, layout)
-    wide = code_bits(reader.coded()) == 8
-    name = DOT[cpu.dots][wide]
-    if name is None:
-        return None
     # With the other stream raw, all dot products of the text are this stream's.
     raw = replace(other, tokens=replace(other.tokens, rest=Raw("f32"), flush="group"))
     k, v = (stream, raw) if role == "k" else (raw, stream)
     alone = replace(plan, k=k, v=v)
+    readers = readers_of(stream, layout)
     text = assembly(Source(alone, (attend(alone, cpu),), _HEAD), cpu)
     most = MOST_SCORE_ROWS if role == "k" else MOST_VALUE_ROWS
     rows = blocks(plan.group, most)[0][1]
+    total = 0.0
+    for reader in readers:
+        count = _count_reader(text, reader, role, cpu)
+        if count is None:
+            return None
+        total += count * rows * reader.width
+    return total / sum(reader.width for reader in readers)
+
+
+def _count_reader(text: str, reader: PageReader, role: str, cpu: Cpu) -> float | None:
+    """Return the instructions of the loop of a slice, for each of its elements and one row."""
+    wide = code_bits(reader.coded()) == 8
+    name, narrow = DOT[cpu.dots][wide], DOT[cpu.dots][False]
+    if name is None:
+        return None
     lanes = lanes_of(cpu) if role == "k" else value_lanes(reader.coded(), reader.width, cpu)
-    size, dots = max(((dots, size) for size, dots in _loops(text, name)), default=(0, 0))[::-1]
-    return size * rows / (dots * lanes * (2 if wide else 4)) if dots else None
+    loops = _loops(text, name, narrow if wide else None)
+    size, dots = max(((dots, size) for size, dots in loops), default=(0, 0))[::-1]
+    return size / (dots * lanes * (2 if wide else 4)) if dots else None
 
 
-def _loops(text: str, name: str) -> list[tuple[int, int]]:
-    """Return (instructions, dot products) of each loop that holds no other one with some."""
+def _loops(text: str, name: str, other: str | None = None) -> list[tuple[int, int]]:
+    """Return (instructions, dot products) of each loop that holds no other one with some.
+
+    Args:
+        text: assembly.
+        name: pattern of the dot products.
+        other: pattern of those whose loops do not count, or None.
+    """
     labels: dict[str, int] = {}
     loops: list[tuple[int, int]] = []
     lines = [line for line in text.splitlines() if _LABEL.match(line) or _INSTRUCTION.match(line)]
@@ -82,6 +100,8 @@ def _loops(text: str, name: str) -> list[tuple[int, int]]:
     ours = [(a, b) for a, b in loops if any(re.search(name, line) for line in lines[a:b])]
     inner = [(a, b) for a, b in ours if not any(a <= c and d < b for c, d in ours)]
     bodies = [[x for x in lines[a : b + 1] if _INSTRUCTION.match(x)] for a, b in inner]
+    if other is not None:
+        bodies = [body for body in bodies if not any(re.search(other, line) for line in body)]
     return [(len(body), sum(bool(re.search(name, line)) for line in body)) for body in bodies]
 
 

@@ -3,6 +3,7 @@
     codes of up to 4 bits, integers of 8      pairs   pmaddubsw, a few sums of 16 bits, pmaddwd
                                               vnni    vpdpbusd
                                               neon    sdot, usdot
+    operands of tables, integers of 8         pairs   pmaddubsw, pmaddwd at once; else as above
     codes of 8 bits, integers of 16           pairs   pmaddwd on even and odd codes
                                               vnni    vpdpwssd on even and odd codes
                                               neon    four products of 32 bits
@@ -18,6 +19,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..ir.arrangements import QUAD
+from ..ir.encodings import Dense, Lut
+from ..ir.planes import code_bits
+from .cpu_lookup import shuffled
 from .cpu_text import Kernel, at, bits_as, cast, pure, splat
 from .machines import Cpu
 
@@ -50,11 +54,13 @@ class Dots:
         cpu: the machine.
         bits: of a code.
         lanes: of 32 bits; at most those of a register.
+        table: what is multiplied in place of each code, or None.
     """
 
     cpu: Cpu
     bits: int
     lanes: int
+    table: tuple[int, ...] | None = None
 
     @property
     def wide_codes(self) -> bool:
@@ -80,20 +86,23 @@ class Dots:
     def most_sums(self) -> int:
         """Sums that are kept in registers at once.
 
-        With sums of 16 bits there are as many of 32 besides, and sixteen registers without AVX-512.
+        Pairs need registers besides: as many sums of 16 bits, or ones and what is not summed yet;
+        without AVX-512 there are sixteen.
         """
-        crowded = self.sums_of_16 or self.wide_codes
+        crowded = self.cpu.dots == "pairs" or self.wide_codes
         return 4 if crowded and self.cpu.vector < 64 else 8
 
     @property
     def sums_of_16(self) -> int:
         """Products that one sum of 16 bits holds, or 0 where sums have 32 bits at once."""
-        if self.cpu.dots != "pairs" or self.wide_codes:
+        if self.cpu.dots != "pairs" or self.wide_codes or self.table is not None:
             return 0
         return 32767 // (2 * 127 * ((1 << self.bits) - 1))
 
     def operands(self, codes: str) -> list[str]:
         """Return the texts to multiply of a vector of codes, one for each word of integers."""
+        if self.table is not None:
+            return [shuffled(self.cpu, self.table, codes, QUAD * self.lanes)]
         if not self.wide_codes:
             return [codes]
         n = 2 * self.lanes
@@ -117,11 +126,11 @@ class Dots:
         if self.laid_out:
             kernel.scratch(f"{buffer}_laid_out", quads * self.words * self.lanes, "int32")
 
-    def write_layout(self, kernel: Kernel, buffer: str, first: str, quads: int) -> None:
+    def write_layout(self, kernel: Kernel, buffer: str, first: str, quads: str) -> None:
         """Lay out the words of quads from number `first` on, if that is needed."""
         if not self.laid_out:
             return
-        with kernel.block(f"for i in T.serial(T.int64({quads * self.words}))"):
+        with kernel.block(f"for i in T.serial({quads} * {self.words})"):
             kernel.let("word", f"({first}) * {self.words} + i")
             target = at(f"{buffer}_laid_out", f"word * {self.lanes}", self.lanes)
             kernel.line(f"{target} = {splat(self._word(buffer, 'word'), self.lanes)}")
@@ -196,6 +205,10 @@ class Dots:
         integers = bits_as("int8", word, 4 * n)
         if self.cpu.dots == "vnni":
             total = pure(f"llvm.x86.avx512.vpdpbusd.{32 * n}", "int32", n, acc, codes, integers)
+        elif self.cpu.dots == "pairs":
+            pairs = pure(BYTE_PAIRS[4 * n], "int16", 2 * n, codes, integers)
+            ones = splat("T.int16(1)", 2 * n)
+            total = f"{acc} + {pure(WORD_PAIRS[4 * n], 'int32', n, pairs, ones)}"
         else:
             name = f"{NEON[self.cpu.dots]}.v{n}i32.v{4 * n}i8"
             own = codes if self.cpu.dots == "neon-i8mm" else bits_as("int8", codes, 4 * n)
@@ -214,6 +227,11 @@ class Dots:
         low_integer = f"T.shift_right(T.shift_left({word}, {half}), {half})"
         high, high_integer = f"T.shift_right({wide}, {half})", f"T.shift_right({word}, {half})"
         return f"{acc} + {low} * {low_integer} + {high} * {high_integer}"
+
+
+def dots_of(fmt: Dense, cpu: Cpu, lanes: int) -> Dots:
+    """Return how a machine sums quads of a format."""
+    return Dots(cpu, code_bits(fmt), lanes, fmt.operands if isinstance(fmt, Lut) else None)
 
 
 def _loop(count: int, size: int) -> str:

@@ -8,20 +8,32 @@ part, the outliers of each token are found first; what is dense is encoded from 
 
 from __future__ import annotations
 
+from functools import partial
 from math import gcd
 
 import numpy as np
 
-from ..ir.encodings import Bfp, Int, Raw, Sparse
+from ..ir.encodings import Bfp, Int, Lut, Raw, Sparse
 from ..ir.layouts import PageLayout
 from ..ir.plan import StreamPlan
-from ..ir.planes import ARRAYS, code_bits
+from .cpu_encode_lut import write_lut
 from .cpu_pages import PageReader, Readers, declare_pages, open_page, readers_of
-from .cpu_text import Kernel, as_f32, at, bits_as, cast, number, pure, rint, splat, to_stored
-from .kernel_text import LARGEST_F32
+from .cpu_planes import write_planes
+from .cpu_text import (
+    Kernel,
+    as_f32,
+    at,
+    bits_as,
+    cast,
+    fold,
+    number,
+    pure,
+    rint,
+    splat,
+    to_stored,
+)
 
 F64 = "float64"
-LARGEST = number(LARGEST_F32)
 
 
 def encode(stream: StreamPlan, layout: PageLayout) -> Kernel:
@@ -29,53 +41,57 @@ def encode(stream: StreamPlan, layout: PageLayout) -> Kernel:
 
     `bad[b * H + h]` becomes 1 where a scale or value does not fit its stored type, else 0.
     """
-    kernel = Kernel(f"encode_{stream.role}")
-    encode_arguments(kernel, stream, layout, "begin", "end")
+    kernel, group = Kernel(f"encode_{stream.role}"), stream.tokens.group_tokens
+    for name in ("begin", "end"):
+        kernel.array(name, "int64")
+    page_arguments(kernel, stream, layout)
+    kernel.array("bad", "int64")
+    kernel.scalar("batch")
     with kernel.block(f"for bh in T.parallel(batch * {stream.heads})"):
         kernel.let("mark", "bh")
-        write_groups(kernel, stream, layout, "begin", "end")
+        kernel.let("b", f"T.truncdiv(bh, T.int64({stream.heads}))")
+        kernel.let("h", f"T.truncmod(bh, T.int64({stream.heads}))")
+        kernel.line("bad[mark] = T.int64(0)")
+        count = f"T.truncdiv(end[b] - begin[b], T.int64({group}))"
+        with kernel.block(f"for i in T.serial({count})"):
+            write_group(kernel, stream, layout, f"begin[b] + i * {group}")
     return kernel
 
 
-def encode_arguments(
-    kernel: Kernel, stream: StreamPlan, layout: PageLayout, begin: str, end: str
-) -> None:
-    """Declare what encode takes: from where to where, the tail, the pages."""
+def page_arguments(kernel: Kernel, stream: StreamPlan, layout: PageLayout) -> None:
+    """Declare what is encoded and into what: the tail, the pages."""
     role = stream.role
-    for name in (begin, end, f"{role}_tail_first", f"{role}_table"):
+    for name in (f"{role}_tail_first", f"{role}_table"):
         kernel.array(name, "int64")
     kernel.array(f"{role}_tail", "float32")
     declare_pages(kernel, readers_of(stream, layout))
-    kernel.array("bad", "int64")
-    for name in ("batch", f"{role}_capacity", f"{role}_max_pages"):
+    for name in (f"{role}_capacity", f"{role}_max_pages"):
         kernel.scalar(name)
 
 
-def write_groups(
-    kernel: Kernel, stream: StreamPlan, layout: PageLayout, begin: str, end: str
-) -> None:
-    """Encode the positions of head bh; `bad[mark]` takes what is found."""
-    role, heads, readers = stream.role, stream.heads, readers_of(stream, layout)
+def write_group(kernel: Kernel, stream: StreamPlan, layout: PageLayout, begin: str) -> None:
+    """Encode the group of tokens from position `begin` on, of head h of row b; bh = b * H + h.
+
+    `bad[mark]` becomes 1 where a scale or value does not fit its stored type.
+    """
+    role, readers = stream.role, readers_of(stream, layout)
     sink, size, width = stream.tokens.sink, stream.page_tokens, stream.channels
     group = stream.tokens.group_tokens
-    kernel.let("b", f"T.truncdiv(bh, T.int64({heads}))")
-    kernel.let("h", f"T.truncmod(bh, T.int64({heads}))")
     kernel.scratch("codes", group * width, "uint8")
     entries = [reader.sparse.count for reader in readers if reader.sparse]
     if entries:
         kernel.scratch("cut", group * width)
         kernel.scratch("outliers", group * max(entries), "int32")
     kernel.scratch("limits", 16)
-    kernel.scratch("sizes", 8)
-    kernel.line("bad[mark] = T.int64(0)")
-    with kernel.block(f"for i in T.serial(T.truncdiv({end}[b] - {begin}[b], T.int64({group})))"):
-        kernel.let("place", f"{begin}[b] + i * {group} - {sink}")
-        kernel.let("page", f"T.truncdiv(place, T.int64({size}))")
-        kernel.let("t", f"place - page * {size}")
-        open_page(kernel, readers, f"{role}_table[b * {role}_max_pages + page]")
-        slot = f"{begin}[b] + i * {group} - {role}_tail_first[b]"
-        kernel.let("source", f"(bh * {role}_capacity + {slot}) * {width}")
-        _write_slices(kernel, readers, group)
+    kernel.scratch("exact", 8, F64)
+    kernel.scratch("sizes", 8, "int32")
+    kernel.let("place", f"{begin} - {sink}")
+    kernel.let("page", f"T.truncdiv(place, T.int64({size}))")
+    kernel.let("t", f"place - page * {size}")
+    open_page(kernel, readers, f"{role}_table[b * {role}_max_pages + page]")
+    kernel.let("slot", f"{begin} - {role}_tail_first[b]")
+    kernel.let("source", f"(bh * {role}_capacity + slot) * {width}")
+    _write_slices(kernel, readers, group)
 
 
 def _write_slices(kernel: Kernel, readers: Readers, group: int) -> None:
@@ -110,7 +126,13 @@ def _write_group(kernel: Kernel, reader: PageReader) -> None:
             _write_int(kernel, reader, fmt)
         case Bfp() as fmt:
             _write_bfp(kernel, reader, fmt)
-    _write_planes(kernel, reader)
+        case Lut() as fmt:
+
+            def write_scale(g: str, wanted: str, params: str = fmt.params) -> str:
+                return _write_stored(kernel, reader, "scale", ("t", g), wanted, params, 1)
+
+            write_lut(kernel, reader, fmt, partial(_tail, reader), write_scale)
+    write_planes(kernel, reader)
     if reader.sparse is not None:
         _write_entries(kernel, reader, reader.sparse)
 
@@ -140,15 +162,19 @@ def _write_stored(
 ) -> str:
     """Round f64 to its stored type, store it at (row, column), flag overflow; return it as f32."""
     index = reader.place(name, f"({place[0]})", place[1])
-    kernel.let(f"exact_{name}", value)
-    kernel.let(f"stored_{name}", to_stored(f"exact_{name}", dtype, lanes))
+    # Through memory: TVM writes out what a name stands for wherever it is used, again and again.
+    exact = at("exact", "0", lanes)
+    kernel.line(f"{exact} = {value}")
+    kernel.let(f"stored_{name}", to_stored(exact, dtype, lanes))
     view = f"{reader.role}_{reader.part.field(name).dtype}"
     kernel.line(f"{at(view, index, lanes)} = stored_{name}")
     kernel.let(f"single_{name}", as_f32(f"stored_{name}", dtype, lanes))
-    size = pure("llvm.fabs", "float32", lanes, f"single_{name}")
-    kernel.line(f"{at('sizes', '0', lanes)} = {size}")
-    with kernel.block(f"for i in T.unroll({lanes})"):
-        kernel.line(f"bad[mark] = T.Select(sizes[i] <= {LARGEST}, bad[mark], T.int64(1))")
+    # Inf or NaN: the bits without the sign are those of Inf or more.
+    mask, most = splat("T.int32(0x7FFFFFFF)", lanes), "T.int32(0x7F800000)"
+    bits = f"T.bitwise_and({bits_as('int32', f'single_{name}', lanes)}, {mask})"
+    kernel.line(f"{at('sizes', '0', lanes)} = {bits}")
+    fold(kernel, "sizes", lanes, "T.max({}, {})")
+    kernel.line(f"bad[mark] = T.Select(sizes[0] < {most}, bad[mark], T.int64(1))")
     return f"single_{name}"
 
 
@@ -166,9 +192,8 @@ def _write_limits(kernel: Kernel, reader: PageReader, count: int, offset: str, l
 
 def _fold_limits(kernel: Kernel, lanes: int) -> None:
     """Reduce the limits to those of all lanes."""
-    for i in range(1, lanes):
-        kernel.line(f"limits[0] = T.min(limits[0], limits[{i}])")
-        kernel.line(f"limits[8] = T.max(limits[8], limits[{8 + i}])")
+    fold(kernel, "limits", lanes, "T.min({}, {})")
+    fold(kernel, "limits", lanes, "T.max({}, {})", 8)
 
 
 def _write_int(kernel: Kernel, reader: PageReader, fmt: Int) -> None:
@@ -278,34 +303,6 @@ def _write_bfp(kernel: Kernel, reader: PageReader, fmt: Bfp) -> None:
             code = cast("int32", f"({m} + {number(2.0 ** (p - 1), lanes, F64)})", lanes)
             target = at("codes", offset.replace("@", "e"), lanes)
             kernel.line(f"{target} = {cast('uint8', code, lanes)}")
-
-
-def _write_planes(kernel: Kernel, reader: PageReader) -> None:
-    """Pack the codes of a group of tokens from token t on into the planes of the page."""
-    fmt = reader.format
-    if isinstance(fmt, Raw):
-        return
-    whole = code_bits(fmt)
-    with kernel.block(f"for s in T.serial({fmt.group_tokens})"):
-        for name, bits, first in ARRAYS[whole]:
-            part = f"T.shift_right({{}}, T.uint8({first}))" if first else "{}"
-            if first + bits < whole:
-                part = f"T.bitwise_and({part}, T.uint8({2**bits - 1}))"
-            _write_plane(kernel, reader, name, bits, part)
-
-
-def _write_plane(kernel: Kernel, reader: PageReader, name: str, bits: int, part: str) -> None:
-    count = 8 // bits
-    plane = reader.width // count
-    with kernel.block(f"for w in T.serial({plane})"):
-        terms = []
-        for i in range(count):
-            code = part.format(f"codes[s * {reader.layout.channels} + {i * plane} + w]")
-            terms.append(f"T.shift_left({code}, T.uint8({i * bits}))" if i else code)
-        text = terms[0]
-        for term in terms[1:]:
-            text = f"T.bitwise_or({text}, {term})"
-        kernel.line(f"{reader.role}_uint8[{reader.place(name, '(t + s)', 'w')}] = {text}")
 
 
 def _write_outliers(kernel: Kernel, reader: PageReader, sparse: Sparse) -> None:

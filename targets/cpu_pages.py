@@ -6,7 +6,8 @@ Every format then reads as
 
     x^[t, c] = code(t, c) * scale + zero
 
-where the offset of a symmetric or block floating point code is folded into zero. Sparse entries are
+where the offset of a symmetric or block floating point code is folded into zero. The code of a
+format with a table is the operand that it names, see `cpu_lookup.py`. Sparse entries are
 added where they are: a score gets q value, an output p value, a decoded token the value itself.
 """
 
@@ -19,10 +20,11 @@ from math import gcd
 import numpy as np
 
 from ..ir.arrangements import CODES, QUAD, ROWS, TILE, TOKEN_QUADS
-from ..ir.encodings import Bfp, Drop, Int, Raw, Sparse
+from ..ir.encodings import Bfp, Dense, Drop, Int, Lut, Raw, Sparse
 from ..ir.layouts import PageLayout, Part
 from ..ir.plan import StreamPlan
-from ..ir.planes import code_bits
+from ..ir.planes import code_bits, offset
+from .cpu_lookup import operand
 from .cpu_text import Kernel, as_f32, at, bit_field, bits_as, cast, number, splat
 
 
@@ -40,7 +42,7 @@ class PageReader:
     layout: PageLayout
     role: str
     part: Part
-    format: Raw | Int | Bfp
+    format: Raw | Dense
 
     @property
     def alone(self) -> bool:
@@ -79,7 +81,7 @@ class PageReader:
     def group(self) -> int:
         """Channels that share a scale: 1 with one for each channel, all of them for raw."""
         match self.format:
-            case Int() as fmt:
+            case Int() | Lut() as fmt:
                 return fmt.group_channels
             case Bfp() as fmt:
                 return fmt.block
@@ -125,16 +127,21 @@ class PageReader:
             return as_f32(self._read("values", t, w, n), fmt.dtype, n)
         bits = code_bits(fmt)
         if bits == 8:
-            return cast("float32", self._read("codes", t, w, n), n)
+            return self.number(self._read("codes", t, w, n), n)
         if bits != 3:
-            return cast(
-                "float32", bit_field(self._read("codes", t, w, n), f"{bits} * ({i})", bits, n), n
-            )
+            code = bit_field(self._read("codes", t, w, n), f"{bits} * ({i})", bits, n)
+            return self.number(code, n)
         # 3 bit: eight planes of C/8; two of them lie behind one another in the bytes of two bits.
         low_at = f"({i}) % 2 * {self.plane} + {w}"
         low = bit_field(self._read("codes", t, low_at, n), f"({i}) // 2 * 2", 2, n)
         high = bit_field(self._read("high", t, w, n), i, 1, n)
-        return cast("float32", f"({low} + {high} * {splat('T.uint8(4)', n)})", n)
+        return self.number(f"({low} + {high} * {splat('T.uint8(4)', n)})", n)
+
+    def number(self, codes: str, lanes: int) -> str:
+        """Return codes of any integer type as f32: what is multiplied and added to `zero`."""
+        if isinstance(self.format, Lut):
+            codes = operand(self.format.operands, cast("int32", codes, lanes), lanes)
+        return cast("float32", codes, lanes)
 
     def codes(self, t: str, byte: str, lanes: int, i: int) -> str:
         """Return `lanes` codes of plane i as bytes, of 4 or 8 bits."""
@@ -145,7 +152,7 @@ class PageReader:
     def scale(self, row: str, column: str, lanes: int) -> str:
         """Return scales of neighbours in a row of the parameters, f32."""
         fmt = self.coded()
-        if isinstance(fmt, Int):
+        if isinstance(fmt, Int | Lut):
             return as_f32(self._read("scale", row, column, lanes), fmt.params, lanes)
         # The byte is the exponent field of an f32; 0 is zero and makes the whole block zero.
         wide = cast("int32", self._read("exponent", row, column, lanes), lanes)
@@ -156,16 +163,16 @@ class PageReader:
     def zero(self, row: str, column: str, lanes: int, scale: str) -> str:
         """Return what is added to code * scale."""
         fmt = self.coded()
-        if isinstance(fmt, Bfp) or fmt.zero == "none":
-            return f"({scale} * {number(-(2.0 ** (code_bits(fmt) - 1)), lanes)})"
+        if not isinstance(fmt, Int) or fmt.zero == "none":
+            return f"({scale} * {number(-float(offset(fmt)), lanes)})"
         zero = as_f32(self._read("zero", row, column, lanes), fmt.params, lanes)
         return zero if fmt.zero == "float" else f"({zero} * ({number(-1.0, lanes)} * {scale}))"
 
     def zero_by_scale(self, row: str, column: str, lanes: int, scale: str) -> str:
         """Return the zero point in codes: what is added to a code before it is scaled."""
         fmt = self.coded()
-        if isinstance(fmt, Bfp) or fmt.zero == "none":
-            return number(-(2.0 ** (code_bits(fmt) - 1)), lanes)
+        if not isinstance(fmt, Int) or fmt.zero == "none":
+            return number(-float(offset(fmt)), lanes)
         zero = as_f32(self._read("zero", row, column, lanes), fmt.params, lanes)
         return f"({zero} / {scale})" if fmt.zero == "float" else f"({zero} * {number(-1.0, lanes)})"
 
@@ -194,9 +201,11 @@ class PageReader:
         row = f"T.truncdiv({t}, T.int64({fmt.group_tokens}))" if self.per_channel else t
         column = c if self.group == 1 else f"T.truncdiv({c}, T.int32({self.group}))"
         scale = cast("float64", self.scale(row, column, 1), 1)
+        if isinstance(fmt, Lut):
+            code = operand(fmt.operands, cast("int32", code, 1), 1)
         code = cast("float64", code, 1)
-        if isinstance(fmt, Bfp) or fmt.zero == "none":
-            return f"(({code} - T.float64({2.0 ** (code_bits(fmt) - 1)})) * {scale})"
+        if not isinstance(fmt, Int) or fmt.zero == "none":
+            return f"(({code} - T.float64({float(offset(fmt))})) * {scale})"
         zero = cast("float64", as_f32(self._read("zero", row, column, 1), fmt.params, 1), 1)
         return (
             f"(({code} - {zero}) * {scale})"
@@ -204,7 +213,7 @@ class PageReader:
             else f"({code} * {scale} + {zero})"
         )
 
-    def coded(self) -> Int | Bfp:
+    def coded(self) -> Dense:
         """Return the format, which is not raw."""
         if isinstance(self.format, Raw):
             raise TypeError("a raw format has no codes")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import gcd
 
 from ..ir.arrangements import CHANNEL_QUADS, QUAD, ROWS, TOKEN_QUADS, fits_tokens, holds
-from ..ir.encodings import Bfp, Int
+from ..ir.encodings import Bfp, Dense, Drop, Int, Raw
 from ..ir.integers import BLOCK
 from ..ir.layouts import PageLayout
 from ..ir.plan import AttentionPlan, StreamPlan
@@ -34,8 +34,11 @@ def why_floats(plan: AttentionPlan, role: str) -> str | None:
     if plan.compute != "int":
         return "the recipe says compute = float"
     stream = plan.k if role == "k" else plan.v
-    if not isinstance(stream.tokens.rest, Int | Bfp):
-        return "raw, sliced and sparse formats are read in floats"
+    parts = _coded(stream)
+    if parts is None:
+        return "raw formats are read in floats"
+    if role == "k" and not _rounds_queries(plan, parts):
+        return "slices of keys need scales of channels"
     if role == "v" and plan.k.tokens.sink != plan.v.tokens.sink:
         return "keys and values keep different numbers of first tokens raw"
     if (_quads_of_keys if role == "k" else _quads_of_values)(plan):
@@ -51,8 +54,7 @@ def path_of(plan: AttentionPlan, role: str, cpu: Cpu) -> str:
 
 def integer_queries(plan: AttentionPlan) -> str | None:
     """Return the type of the integers of queries that are rounded once a step, or None."""
-    fmt = plan.k.tokens.rest
-    if plan.query_bits is None or not isinstance(fmt, Int | Bfp) or not _quads_of_keys(plan):
+    if plan.query_bits is None or not _quads_of_keys(plan):
         return None
     return f"int{plan.query_bits}"
 
@@ -62,7 +64,7 @@ def lanes_of(cpu: Cpu) -> int:
     return cpu.vector // 4
 
 
-def value_lanes(fmt: Int | Bfp, channels: int, cpu: Cpu) -> int:
+def value_lanes(fmt: Dense, channels: int, cpu: Cpu) -> int:
     """Return the lanes in which values are read: those of one plane and one scale."""
     return gcd(lanes_of(cpu), _value_chunk(fmt, channels))
 
@@ -72,27 +74,47 @@ def _layout(stream: StreamPlan, kind: str) -> PageLayout:
     return PageLayout(stream.page_tokens, stream.heads, stream.channels, rest, kind)
 
 
+def _coded(stream: StreamPlan) -> list[tuple[Dense, int]] | None:
+    """Return format and channels of each slice that is stored; None if part of it is raw."""
+    parts = []
+    for part in _layout(stream, ROWS).parts:
+        if isinstance(part.format, Raw):
+            return None
+        if not isinstance(part.format, Drop):
+            parts.append((part.format, part.width))
+    return parts
+
+
 def _quads_of_keys(plan: AttentionPlan) -> bool:
-    fmt, channels = plan.k.tokens.rest, plan.k.channels
-    if plan.compute != "int" or not isinstance(fmt, Int | Bfp):
+    parts = _coded(plan.k)
+    if plan.compute != "int" or parts is None:
         return False
-    if not holds(CHANNEL_QUADS, fmt, plan.k.page_tokens, channels):
+    if not _rounds_queries(plan, parts):
         return False
-    return code_bits(fmt) != 8 or channels <= MOST_WIDE
+    if not holds(CHANNEL_QUADS, plan.k.tokens.rest, plan.k.page_tokens, plan.k.channels):
+        return False
+    return all(code_bits(fmt) != 8 or width <= MOST_WIDE for fmt, width in parts)
 
 
 def _quads_of_values(plan: AttentionPlan) -> bool:
-    fmt = plan.v.tokens.rest
-    if plan.compute != "int" or not isinstance(fmt, Int | Bfp):
+    parts = _coded(plan.v)
+    if plan.compute != "int" or parts is None:
         return False
-    if not holds(TOKEN_QUADS, fmt, plan.v.page_tokens, plan.v.channels):
+    if not holds(TOKEN_QUADS, plan.v.tokens.rest, plan.v.page_tokens, plan.v.channels):
         return False
     # Blocks of weights must lie inside one split, and inside one group of tokens.
-    whole = plan.k.tokens.sink == plan.v.tokens.sink and fits_tokens(fmt, BLOCK)
-    return whole and _value_chunk(fmt, plan.v.channels) % QUAD == 0
+    whole = plan.k.tokens.sink == plan.v.tokens.sink
+    whole = whole and all(fits_tokens(fmt, BLOCK) for fmt, _ in parts)
+    return whole and all(_value_chunk(fmt, width) % QUAD == 0 for fmt, width in parts)
 
 
-def _value_chunk(fmt: Int | Bfp, channels: int) -> int:
+def _rounds_queries(plan: AttentionPlan, parts: list[tuple[Dense, int]]) -> bool:
+    """Return whether queries become integers: once a step, or with the scales of channels."""
+    of_channels = all(isinstance(fmt, Int) and fmt.axis == "channel" for fmt, _ in parts)
+    return plan.query_bits is not None or of_channels
+
+
+def _value_chunk(fmt: Dense, channels: int) -> int:
     """Return the channels in a row that share bytes and scale, at most."""
     width = min(width for _, width in plane_widths(fmt, channels))
     group = fmt.block if isinstance(fmt, Bfp) else fmt.group_channels

@@ -1,24 +1,34 @@
-"""Walking the keys of one work item: its split of the positions, and where they are stored.
+"""Walking keys or values of one work item: its split of the positions, and where they are stored.
 
 Split 0 holds the positions [0, sink + C), split i holds [sink + i C, sink + (i + 1) C), with C
 whole pages of K. The bounds depend on nothing else, so neither the batch nor the number of threads
 changes a bit.
+
+Pages are outermost and heads innermost: the blocks of all heads of a page are neighbours, and
+memory that is read in order comes by itself; a walk down one head's blocks waits for each of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
-from ..ir.arrangements import ROWS
+from ..ir.arrangements import CODES, ROWS
 from ..ir.layouts import PageLayout
 from ..ir.plan import AttentionPlan, StreamPlan
-from .cpu_pages import Readers, declare_pages, open_page, readers_of
+from .cpu_pages import PageReader, Readers, declare_pages, open_page, readers_of
 from .cpu_text import Kernel
 from .source import split_tokens
 
 # Bytes of a line of the caches.
 LINE = 64
+# How many bytes before they are read, lines are asked for: memory takes some hundred cycles, in
+# which a kernel reads about so much.
+AHEAD = 8192
 
+# What it writes is done for each head of the item.
+EachHead = Callable[[], AbstractContextManager[None]]
 RawRegion = Callable[[str, str, str, str], None]
 PageRegion = Callable[[], None]
 
@@ -47,23 +57,31 @@ def write_split(kernel: Kernel, plan: AttentionPlan) -> None:
 
 
 def write_regions(
-    kernel: Kernel, readers: Readers, stream: StreamPlan, raw: RawRegion, page: PageRegion
+    kernel: Kernel,
+    readers: Readers,
+    stream: StreamPlan,
+    raw: RawRegion,
+    page: PageRegion,
+    each_head: EachHead | None = None,
 ) -> None:
     """Walk the positions [see0, see1) of a stream: sink, pages, tail.
 
     Args:
-        kernel: where to write; b, h, see0, see1 are bound.
+        kernel: where to write; b, see0, see1 are bound.
         readers: of the stream's pages.
         stream: the plan.
         raw: called with (buffer, base, first, last): position p is at base + p * channels.
         page: called inside the loop over pages; bound are <role>_pos, the position of the page's
             first token, and <role>_t0, <role>_t1, the tokens of the page that are wanted.
+        each_head: writes the loop over heads [h0, h1), innermost; None where h is bound.
     """
     role, sink, width, size = stream.role, stream.tokens.sink, stream.channels, stream.page_tokens
     head = f"(b * {stream.heads} + h)"
+    heads = each_head or nullcontext
     if sink:
-        kernel.let(f"{role}_sink_base", f"{head} * {sink * width}")
-        raw(f"{role}_sink", f"{role}_sink_base", "see0", f"T.min(see1, T.int64({sink}))")
+        with heads():
+            kernel.let(f"{role}_sink_base", f"{head} * {sink * width}")
+            raw(f"{role}_sink", f"{role}_sink_base", "see0", f"T.min(see1, T.int64({sink}))")
     kernel.let(f"{role}_end", f"T.min(see1, {role}_encoded[b])")
     first = _page_of(sink, size)
     last = f"T.truncdiv({role}_end - {sink} + {size - 1}, T.int64({size}))"
@@ -72,33 +90,100 @@ def write_regions(
         kernel.let(f"{role}_t0", f"T.max(see0 - {role}_pos, T.int64(0))")
         kernel.let(f"{role}_t1", f"T.min({role}_end - {role}_pos, T.int64({size}))")
         kernel.let(f"{role}_page", f"{role}_table[b * {role}_max_pages + page]")
-        if readers and readers[0].layout.kind != ROWS:
-            _write_ahead(kernel, readers, last)
-        open_page(kernel, readers, f"{role}_page")
-        page()
-    base = f"({head} * {role}_capacity - {role}_tail_first[b]) * {width}"
-    kernel.let(f"{role}_tail_base", base)
-    raw(f"{role}_tail", f"{role}_tail_base", f"T.max(see0, {role}_encoded[b])", "see1")
+        ahead = each_head is not None and asks_ahead(readers)
+        if ahead:
+            _write_next(kernel, readers, last)
+        with heads():
+            open_page(kernel, readers, f"{role}_page")
+            if ahead:
+                _write_ahead(kernel, readers)
+            page()
+    with heads():
+        base = f"({head} * {role}_capacity - {role}_tail_first[b]) * {width}"
+        kernel.let(f"{role}_tail_base", base)
+        raw(f"{role}_tail", f"{role}_tail_base", f"T.max(see0, {role}_encoded[b])", "see1")
 
 
-def _write_ahead(kernel: Kernel, readers: Readers, last: str) -> None:
-    """Bind `<role>_ahead`, the bytes from a byte of this page to the same one of the next."""
+def _write_next(kernel: Kernel, readers: Readers, last: str) -> None:
+    """Bind `<role>_next`, the bytes from this page to the next one of the item."""
     role, layout = readers[0].role, readers[0].layout
-    kernel.let("after", f"T.min(page + 1, T.max({last} - 1, page))")
+    kernel.let("after", f"T.min(page + 1, {last} - 1)")
     step = f"{role}_table[b * {role}_max_pages + after] - {role}_page"
-    kernel.let(f"{role}_ahead", f"({step}) * {layout.page_bytes}")
+    kernel.let(f"{role}_next", f"({step}) * {layout.page_bytes}")
 
 
-def write_ask(kernel: Kernel, readers: Readers, sink: int, head: str) -> None:
-    """Ask for a head's block of the item's first page of a stream, if it is read in quads."""
+def _write_ahead(kernel: Kernel, readers: Readers) -> None:
+    """Bind `<role>_ask`, the block to ask for while this one is read; ask for its parameters."""
+    role, size = readers[0].role, readers[0].layout.head_bytes
+    near = max(1, -(-AHEAD // size))
+    kernel.let("far", f"T.min(h1 - h0, T.int64({near}))")
+    onward = f"{role}_next + (far - (h1 - h0)) * {size}"
+    kernel.let(f"{role}_ask", f"{role}_block + T.Select(h + far < h1, far * {size}, {onward})")
+    ends = [code_bytes(reader).start for reader in readers[1:]] + [size]
+    for reader, end in zip(readers, ends, strict=True):
+        begin = code_bytes(reader).stop
+        write_asks(kernel, reader, str(begin), end - begin)
+
+
+def asks_ahead(readers: Readers) -> bool:
+    """Return whether a stream is asked for ahead: if it is read in quads."""
+    return readers[0].layout.kind != ROWS
+
+
+def code_bytes(reader: PageReader) -> range:
+    """Return where the codes of a part lie in a head's block; its parameters follow."""
+    fields = reader.part.fields
+    first = min(field.offset for field in fields)
+    return range(first, min(field.offset for field in fields if field.name not in CODES))
+
+
+def write_asks(kernel: Kernel, reader: PageReader, place: str, size: int) -> None:
+    """Ask for the lines of `size` bytes, `place` bytes on in the block to ask for."""
+    for line in range(0, size, LINE):
+        kernel.prefetch(f"{reader.role}_uint8", f"{reader.role}_ask + {place} + {line}")
+
+
+@dataclass(frozen=True, slots=True)
+class Asks:
+    """How loops that read the codes of a block ask for those of another, line after line.
+
+    Attributes:
+        reader: of the codes.
+        tiles: of a block, one after another.
+        steps: of a tile.
+    """
+
+    reader: PageReader
+    tiles: int
+    steps: int
+
+    @property
+    def size(self) -> int:
+        """Bytes of a step."""
+        return len(code_bytes(self.reader)) // (self.tiles * self.steps)
+
+    def write_tile(self, kernel: Kernel, tile: str) -> None:
+        """Ask at the beginning of a tile, where its steps are less than lines."""
+        if self.size % LINE:
+            size, begin = self.size * self.steps, code_bytes(self.reader).start
+            write_asks(kernel, self.reader, f"{begin} + {tile} * {size}", size)
+
+    def write_step(self, kernel: Kernel, tile: str, step: str) -> None:
+        """Ask at a step, where steps are whole lines."""
+        if self.size % LINE == 0:
+            place = f"({tile} * {self.steps} + {step}) * {self.size}"
+            write_asks(kernel, self.reader, f"{code_bytes(self.reader).start} + {place}", self.size)
+
+
+def write_first_asks(kernel: Kernel, readers: Readers, sink: int) -> None:
+    """Ask for what no block before asks for: the first blocks of the item's first page."""
     layout, role = readers[0].layout, readers[0].role
-    if layout.kind == ROWS:
-        return
     page = kernel.fresh(
         "asked", f"{role}_table[b * {role}_max_pages + {_page_of(sink, layout.tokens)}]"
     )
-    block = f"{page} * {layout.page_bytes} + ({head}) * {layout.head_bytes}"
-    with kernel.block(f"for line in T.serial(T.int64({-(-layout.head_bytes // LINE)}))"):
+    block = f"{page} * {layout.page_bytes} + h0 * {layout.head_bytes}"
+    lines = -(-layout.head_bytes // LINE) * max(1, -(-AHEAD // layout.head_bytes))
+    with kernel.block(f"for line in T.serial(T.int64({lines}))"):
         kernel.prefetch(f"{role}_uint8", f"{block} + line * {LINE}")
 
 

@@ -1,4 +1,4 @@
-"""The scratch of logits of one work item: a row for each query, and blocks of rows."""
+"""The scratch of logits of one work item: a row for each query, and blocks of a head's rows."""
 
 from __future__ import annotations
 
@@ -8,13 +8,19 @@ from itertools import pairwise
 from ..ir.plan import AttentionPlan
 from .source import split_tokens
 
-# Logits in front of a row of the scratch: a vector may begin up to seven places early.
-PAD = 8
+# Logits in front of a row of the scratch: raw values are read in vectors that begin up to seven
+# places early. It is also the widest vector of the softmax.
+PAD = 16
+# Logits of one item, unless a single head has more: they stay in the caches.
+MOST_LOGITS = 36_864
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """A block of query rows that share each unpacked code.
+    """A block of query rows of one KV head that share each unpacked code.
+
+    Bound are `q_base`, where the head's row 0 is in `query`, and `logit_base`, where its position 0
+    would be in the scratch.
 
     Attributes:
         first: text of the first row.
@@ -32,9 +38,13 @@ class Rows:
         """Return where channel c of row r is in `query`."""
         return f"q_base + ({self.first} + {r}) * {self.channels} + {c}"
 
+    def of_item(self, r: str) -> str:
+        """Return the number of row r among those of all heads of the item; `head_row` is bound."""
+        return f"(head_row + {self.first} + {r})"
+
     def logit(self, r: str, position: str) -> str:
         """Return where the logit of a position of row r is in the scratch."""
-        return f"({self.first} + {r}) * {self.stride} + {position} - lo + {PAD}"
+        return f"logit_base + ({self.first} + {r}) * {self.stride} + {position}"
 
 
 def blocks(count: int, most: int) -> list[tuple[int, int]]:
@@ -44,6 +54,12 @@ def blocks(count: int, most: int) -> list[tuple[int, int]]:
     return [(low, high - low) for low, high in pairwise(edges)]
 
 
+def item_heads(plan: AttentionPlan) -> int:
+    """Return the heads that an item takes at most, a divisor: their logits stay in the caches."""
+    most = max(1, MOST_LOGITS // (plan.group * row_stride(plan)))
+    return max(d for d in range(1, plan.k.heads + 1) if plan.k.heads % d == 0 and d <= most)
+
+
 def row_stride(plan: AttentionPlan) -> int:
     """Return the logits that the scratch holds for each query."""
-    return PAD + -(-(plan.k.tokens.sink + split_tokens(plan)) // 8) * 8 + 8
+    return PAD + -(-(plan.k.tokens.sink + split_tokens(plan)) // PAD) * PAD + PAD

@@ -102,26 +102,28 @@ def write_raw_scores(
             write_dots(kernel, rows, dot, "t", 1, "t")
 
 
-def score_scratch(kernel: Kernel, reader: PageReader, rows: int) -> None:
-    """Declare and fill what the scores of one item need for every page."""
+def score_scratch(kernel: Kernel, reader: PageReader, group: int, heads: int) -> None:
+    """Declare and fill what the scores of one item of at most `heads` heads need for every page."""
     layout, lanes, own = reader.layout, reader.lanes, reader.own
     if isinstance(reader.format, Raw):
         return
     if reader.per_channel:
-        kernel.scratch(own("query_scaled"), rows * reader.width)
-        kernel.scratch(own("query_zero"), rows * lanes)
+        kernel.scratch(own("query_scaled"), group * reader.width)
+        kernel.scratch(own("query_zero"), group * lanes)
         return
+    rows = group * heads
     # Sums of q by group, kept by lanes: their sum over the lanes is the group's.
     kernel.scratch(own("query_sums"), rows * reader.groups * lanes)
-    with kernel.block(f"for g in T.serial({rows * reader.groups})"):
+    with kernel.block(f"for g in T.serial(item_rows * {reader.groups})"):
         target = at(own("query_sums"), f"g * {lanes}", lanes)
         kernel.line(f"{target} = {number(0.0, lanes)}")
+        begin = f"item_row * {layout.channels}"
         with kernel.block(f"for j in T.serial({reader.group // lanes})"):
-            part = at("query", f"q_base + {_group_start(reader)} + j * {lanes}", lanes)
+            part = at("query", f"{begin} + {_group_start(reader)} + j * {lanes}", lanes)
             kernel.line(f"{target} = {target} + {part}")
     if reader.one_scale:
         kernel.scratch("query_sum", rows)
-        with kernel.block(f"for r in T.serial({rows})"):
+        with kernel.block("for r in T.serial(item_rows)"):
             terms = [f"query_sums[r * {lanes} + {i}]" for i in range(lanes)]
             kernel.line(f"query_sum[r] = {' + '.join(terms)}")
         return
@@ -133,7 +135,7 @@ def _group_start(reader: PageReader) -> str:
     """Return where group g begins in the queries; g counts the groups of all rows."""
     if reader.alone:
         return f"g * {reader.group}"
-    row, group = f"T.truncdiv(g, {reader.groups})", f"T.truncmod(g, {reader.groups})"
+    row, group = (f"T.trunc{way}(g, T.int64({reader.groups}))" for way in ("div", "mod"))
     return reader.channel(f"{row} * {reader.layout.channels} + {group} * {reader.group}")
 
 
@@ -145,6 +147,11 @@ def write_page_scores(kernel: Kernel, reader: PageReader, rows: Rows) -> None:
         _one_scale(kernel, reader, rows)
     else:
         _group_scales(kernel, reader, rows)
+    write_entry_scores(kernel, reader, rows)
+
+
+def write_entry_scores(kernel: Kernel, reader: PageReader, rows: Rows) -> None:
+    """Add the sparse entries of the present page, if any, to the scores of a block of rows."""
 
     def add() -> None:
         with kernel.block(f"for r in T.unroll({rows.count})"):
@@ -174,21 +181,19 @@ def _one_scale(kernel: Kernel, reader: PageReader, rows: Rows) -> None:
         kernel.let("t", f"step * {tokens}")
         write_dots(kernel, rows, _plain(reader, rows), "t", tokens, "k_pos + t")
     if not isinstance(reader.format, Raw):
-        write_scales_of_tokens(kernel, reader, rows, None)
+        _scales_of_tokens(kernel, reader, rows)
 
 
-def write_scales_of_tokens(
-    kernel: Kernel, reader: PageReader, rows: Rows, step: Callable[[str], str] | None
-) -> None:
-    """Turn dots with codes into scores: dot s step + (sum q) z, eight tokens at once."""
+def _scales_of_tokens(kernel: Kernel, reader: PageReader, rows: Rows) -> None:
+    """Turn dots with codes into scores: dot s + (sum q) z, eight tokens at once."""
     with kernel.block("for eight in T.serial(T.shift_right(k_t1 + 7, T.int64(3)))"):
         kernel.let("scale", reader.scale("eight * 8", "0", 8))
         kernel.let("zero", reader.zero("eight * 8", "0", 8, "scale"))
         with kernel.block(f"for r in T.unroll({rows.count})"):
             logits = at("logits", rows.logit("r", "k_pos + eight * 8"), 8)
-            scale = "scale" if step is None else f"(scale * {splat(step('r'), 8)})"
-            shift = f"{splat(f'query_sum[{rows.first} + r]', 8)} * zero"
-            kernel.line(f"{logits} = {fma(logits, scale, shift)}")
+            row = rows.of_item("r")
+            shift = f"{splat(f'query_sum[{row}]', 8)} * zero"
+            kernel.line(f"{logits} = {fma(logits, 'scale', shift)}")
 
 
 def write_page_params(kernel: Kernel, reader: PageReader) -> None:
@@ -248,7 +253,7 @@ def write_group_sums(
                 acc = at("acc", f"(r * {tokens} + s) * {lanes}", lanes)
                 scale = splat(f"{own('k_scales')}[(t + s) * {groups} + {g}]", lanes)
                 zero = splat(f"{own('k_zeros')}[(t + s) * {groups} + {g}]", lanes)
-                place = f"(({rows.first} + r) * {groups} + {g}) * {lanes}"
+                place = f"({rows.of_item('r')} * {groups} + {g}) * {lanes}"
                 sums = at(own("query_sums"), place, lanes)
                 part = at("part", f"r * {lanes}", lanes)
                 kernel.line(f"{acc} = {fma(part, scale, fma(sums, zero, acc))}")

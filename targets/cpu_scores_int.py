@@ -17,10 +17,10 @@ from math import gcd
 
 from ..ir.arrangements import QUAD
 from ..ir.integers import most_integer
-from ..ir.planes import code_bits
-from .cpu_dots import EVEN_ODD, Add, Dots
+from .cpu_dots import EVEN_ODD, Add, Dots, dots_of
 from .cpu_pages import PageReader
 from .cpu_quads import lanes_of
+from .cpu_regions import Asks
 from .cpu_rows import Rows
 from .cpu_text import Kernel, at, cast, fma, fold, number, pure, rint, splat
 from .machines import Cpu
@@ -33,12 +33,17 @@ class KeyDots:
     Attributes:
         reader: of the pages.
         dots: of the machine.
-        rows: query rows of an item.
+        rows: query rows of a head.
     """
 
     reader: PageReader
     dots: Dots
     rows: int
+
+    @property
+    def integers(self) -> str:
+        """Name of the integers of the queries."""
+        return self.reader.own("q_integers")
 
     @property
     def quads(self) -> int:
@@ -60,32 +65,39 @@ class KeyDots:
 
 def key_dots(reader: PageReader, rows: int, cpu: Cpu) -> KeyDots:
     """Return what the scores of a stream of keys need."""
-    return KeyDots(reader, Dots(cpu, code_bits(reader.coded()), lanes_of(cpu)), rows)
+    return KeyDots(reader, dots_of(reader.coded(), cpu, lanes_of(cpu)), rows)
 
 
-def score_scratch_int(kernel: Kernel, keys: KeyDots) -> None:
-    """Declare what the scores of one item need; fill what holds for all of its pages."""
-    reader, rows, width = keys.reader, keys.rows, keys.reader.width
-    kernel.scratch("q_integers", rows * width, keys.dots.integers)
-    keys.dots.declare(kernel, "q_integers", rows * keys.quads)
+def score_scratch_int(kernel: Kernel, keys: KeyDots, heads: int) -> None:
+    """Declare what the scores of one item need; fill what holds for all of its pages.
+
+    That is the integers of all rows of at most `heads` heads; with scales of channels they are made
+    for one head after another.
+    """
+    reader, width = keys.reader, keys.reader.width
+    rows = keys.rows * (1 if reader.per_channel else heads)
+    kernel.scratch(keys.integers, rows * width, keys.dots.integers)
+    keys.dots.declare(kernel, keys.integers, rows * keys.quads)
     if reader.per_channel:
-        kernel.scratch("q_scaled", rows * width)
-        kernel.scratch("q_steps", rows)
-        kernel.scratch("q_zeros", rows)
+        for name, count in (("q_scaled", rows), ("q_scales", 1), ("q_ratios", 1)):
+            kernel.scratch(reader.own(name), count * width)
+        kernel.scratch(reader.own("q_steps"), rows)
+        kernel.scratch(reader.own("q_zeros"), rows)
         return
-    with kernel.block(f"for i in T.serial(T.int64({rows * keys.quads}))"):
+    quads = f"item_rows * {keys.quads}"
+    with kernel.block(f"for i in T.serial({quads})"):
         for place in range(QUAD):
             source = EVEN_ODD[place] if keys.dots.wide_codes else place
-            code = f"q_codes[row_base * {width} + i * {QUAD} + {source}]"
-            kernel.line(f"q_integers[i * {QUAD} + {place}] = {code}")
-    keys.dots.write_layout(kernel, "q_integers", "T.int64(0)", rows * keys.quads)
+            code = f"q_codes[item_row * {width} + i * {QUAD} + {source}]"
+            kernel.line(f"{keys.integers}[i * {QUAD} + {place}] = {code}")
+    keys.dots.write_layout(kernel, keys.integers, "T.int64(0)", quads)
     kernel.scratch("q_sums", rows * reader.groups)
     lanes = gcd(8, reader.group)
     kernel.scratch("sum", lanes)
-    with kernel.block(f"for i in T.serial(T.int64({rows * reader.groups}))"):
+    with kernel.block(f"for i in T.serial(item_rows * {reader.groups})"):
         kernel.line(f"{at('sum', '0', lanes)} = {number(0.0, lanes)}")
         with kernel.block(f"for j in T.serial(T.int64({reader.group // lanes}))"):
-            part = at("query", f"q_base + i * {reader.group} + j * {lanes}", lanes)
+            part = at("query", f"item_row * {width} + i * {reader.group} + j * {lanes}", lanes)
             kernel.line(f"{at('sum', '0', lanes)} = {at('sum', '0', lanes)} + {part}")
         fold(kernel, "sum", lanes, "({} + {})")
         kernel.line("q_sums[i] = sum[0]")
@@ -117,10 +129,12 @@ def write_page_scores_int(kernel: Kernel, keys: KeyDots, rows: Rows) -> None:
             _write_dots(kernel, keys, rows, 0, side)
             for r, j in _each(rows, side):
                 step, zero = (
-                    splat(f"{name}[{rows.first} + {r}]", lanes) for name in ("q_steps", "q_zeros")
+                    splat(f"{reader.own(name)}[{rows.first} + {r}]", lanes)
+                    for name in ("q_steps", "q_zeros")
                 )
                 value = fma(_sum(keys, r * side + j), step, zero)
-                kernel.line(f"{_logits(rows, r, j, lanes)} = {value}")
+                target = _logits(rows, r, j, lanes)
+                kernel.line(f"{target} = {f'{target} + {value}' if reader.adds else value}")
 
 
 def _steps(count: str, size: int) -> str:
@@ -142,10 +156,17 @@ def _logits(rows: Rows, r: int, j: int, lanes: int) -> str:
 
 def _write_dots(kernel: Kernel, keys: KeyDots, rows: Rows, group: int, side: int) -> None:
     """Write acc[r * side + j], the dots of row r with the tokens t + j lanes on, over a group."""
+    reader, size = keys.reader, side * keys.dots.lanes
+    asks = Asks(reader, reader.layout.tokens // size, reader.plane // QUAD)
+    tile = f"T.truncdiv(t, T.int64({size}))"
     keys.dots.write_zeros(kernel, rows.count * side)
+    if group == 0 and rows.first == "0":
+        asks.write_tile(kernel, tile)
     for planes, begin, end in keys.segments(group):
 
         def step(s: str, add: Add, planes: tuple[int, ...] = planes, begin: int = begin) -> None:
+            if 0 in planes and rows.first == "0":
+                asks.write_step(kernel, tile, f"{begin} + {s}")
             for j in range(side):
                 place = f"(t + {j * keys.dots.lanes})", f"({begin} + {s}) * {QUAD}"
                 bytes_of = write_quads(kernel, keys.reader, *place, keys.dots.lanes)
@@ -167,8 +188,9 @@ def _write_products(keys: KeyDots, rows: Rows, operands: list[str], quad: str, a
     dots = keys.dots
     for half, operand in enumerate(operands):
         for r in range(rows.count):
-            place = f"(({rows.first} + {r}) * {keys.quads} + {quad}) * {dots.words} + {half}"
-            add(r, operand, dots.word("q_integers", place))
+            row = f"({rows.first} + {r})" if keys.reader.per_channel else rows.of_item(str(r))
+            place = f"({row} * {keys.quads} + {quad}) * {dots.words} + {half}"
+            add(r, operand, dots.word(keys.integers, place))
 
 
 def inverse_of(largest: str, most: int) -> str:
@@ -185,8 +207,6 @@ def write_quads(
     kernel: Kernel, reader: PageReader, row: str, column: str, lanes: int
 ) -> Mapping[tuple[str, int], str]:
     """Bind the quads of all planes at a place; return their names, see `PageReader.plane_codes`."""
-    ahead = f"{reader.place('codes', row, column)} + {reader.role}_ahead"
-    kernel.prefetch(f"{reader.role}_uint8", ahead)
     names = {("codes", 0): kernel.fresh("bytes", reader.quads("codes", row, column, lanes))}
     if reader.planes == 8:
         behind = reader.quads("codes", row, f"{column} + {reader.plane}", lanes)
@@ -212,8 +232,8 @@ def _write_token_scales(kernel: Kernel, keys: KeyDots, rows: Rows, group: int, s
         scale = kernel.fresh("scale", reader.scale(*at_token))
         zero = kernel.fresh("zero", reader.zero(*at_token, scale))
         for r in range(rows.count):
-            row = f"({rows.first} + {r})"
-            step = splat(f"q_step[row_base + {row}]", lanes)
+            row = rows.of_item(str(r))
+            step = splat(f"q_step[item_row + {row}]", lanes)
             shift = f"{splat(f'q_sums[{row} * {reader.groups} + {group}]', lanes)} * {zero}"
             value = fma(f"{_sum(keys, r * side + j)} * {step}", scale, shift)
             target = _logits(rows, r, j, lanes)
@@ -222,32 +242,38 @@ def _write_token_scales(kernel: Kernel, keys: KeyDots, rows: Rows, group: int, s
 
 def _write_rounding(kernel: Kernel, keys: KeyDots, rows: Rows) -> None:
     """Fill the integers of q times the scales of token group g, their steps and zero points."""
-    reader, width = keys.reader, keys.reader.width
+    reader, width, own = keys.reader, keys.reader.width, keys.reader.own
     lanes = gcd(keys.dots.lanes, width)
     most = most_integer(keys.dots.bits)
     kernel.scratch("most", lanes)
+    with kernel.block(f"for j in T.unroll({width // lanes})"):
+        kernel.let("scale", reader.scale("g", f"j * {lanes}", lanes))
+        kernel.line(f"{at(own('q_scales'), f'j * {lanes}', lanes)} = scale")
+        ratio = reader.zero_by_scale("g", f"j * {lanes}", lanes, "scale")
+        kernel.line(f"{at(own('q_ratios'), f'j * {lanes}', lanes)} = {ratio}")
     with kernel.block(f"for r in T.serial({rows.first}, {rows.first} + {rows.count})"):
         kernel.line(f"{at('most', '0', lanes)} = {number(0.0, lanes)}")
         with kernel.block(f"for j in T.unroll({width // lanes})"):
-            kernel.let("scale", reader.scale("g", f"j * {lanes}", lanes))
-            kernel.let("u", f"{at('query', f'q_base + r * {width} + j * {lanes}', lanes)} * scale")
-            kernel.line(f"{at('q_scaled', f'r * {width} + j * {lanes}', lanes)} = u")
+            scale = at(own("q_scales"), f"j * {lanes}", lanes)
+            place = f"q_base + r * {rows.channels} + {reader.channel(f'j * {lanes}')}"
+            query = at("query", place, lanes)
+            kernel.let("u", f"{query} * {scale}")
+            kernel.line(f"{at(own('q_scaled'), f'r * {width} + j * {lanes}', lanes)} = u")
             size = pure("llvm.fabs", "float32", lanes, "u")
             kernel.line(f"{at('most', '0', lanes)} = T.max({at('most', '0', lanes)}, {size})")
         fold(kernel, "most", lanes, "T.max({}, {})")
         kernel.let("largest", "most[0]")
         kernel.let("inverse", inverse_of("largest", most))
-        kernel.line(f"q_steps[r] = largest / {number(float(most))}")
+        kernel.line(f"{own('q_steps')}[r] = largest / {number(float(most))}")
         kernel.line(f"{at('most', '0', lanes)} = {number(0.0, lanes)}")
         with kernel.block(f"for j in T.unroll({width // lanes})"):
-            kernel.let("scale", reader.scale("g", f"j * {lanes}", lanes))
-            u = at("q_scaled", f"r * {width} + j * {lanes}", lanes)
+            u = at(own("q_scaled"), f"r * {width} + j * {lanes}", lanes)
             kernel.let("n", rint(f"{u} * {splat('inverse', lanes)}", lanes))
-            ratio = reader.zero_by_scale("g", f"j * {lanes}", lanes, "scale")
+            ratio = at(own("q_ratios"), f"j * {lanes}", lanes)
             kernel.line(f"{at('most', '0', lanes)} = {fma('n', ratio, at('most', '0', lanes))}")
-            keys.dots.store(kernel, "q_integers", f"r * {width} + j * {lanes}", "n", lanes)
+            keys.dots.store(kernel, keys.integers, f"r * {width} + j * {lanes}", "n", lanes)
         fold(kernel, "most", lanes, "({} + {})")
-        kernel.line("q_zeros[r] = most[0] * q_steps[r]")
+        kernel.line(f"{own('q_zeros')}[r] = most[0] * {own('q_steps')}[r]")
     keys.dots.write_layout(
-        kernel, "q_integers", f"{rows.first} * {keys.quads}", rows.count * keys.quads
+        kernel, keys.integers, f"{rows.first} * {keys.quads}", f"T.int64({rows.count * keys.quads})"
     )

@@ -2,65 +2,102 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from .cpu_math import NEGATIVE, write_exp, write_softcap
-from .cpu_rows import PAD, Rows
-from .cpu_text import Kernel, at, number, splat
+from .cpu_rows import PAD
+from .cpu_text import Kernel, at, fold, number, splat
 
 
-def write_softmax(
-    kernel: Kernel, rows: Rows, see0: str, see1: str, softcap: float | None, part: str
-) -> None:
+@dataclass(frozen=True, slots=True)
+class Softmax:
+    """The rows of an item and how they are done.
+
+    Attributes:
+        rows: text of their number.
+        stride: logits of the scratch for each row.
+        softcap: bound of the logits, or None.
+        lanes: positions at once, at most PAD.
+        alike: whether all rows see what the item sees.
+    """
+
+    rows: str
+    stride: int
+    softcap: float | None
+    lanes: int
+    alike: bool
+
+    @property
+    def masks(self) -> bool:
+        """Whether vectors are masked; where all rows see the same, logits beside are, once."""
+        return not self.alike or self.softcap is not None
+
+    def place(self, step: str) -> str:
+        """Return where step number `step` of row r begins in the scratch."""
+        return f"r * {self.stride} + {step} * {self.lanes} + {PAD}"
+
+
+def write_softmax(kernel: Kernel, of: Softmax, see0: str, see1: str, part: str) -> None:
     """Turn the logits of each row into exp(s - max), 0 outside [see0, see1); keep max and sum.
 
     Args:
         kernel: where to write; lo, and see0 and see1 of the whole item, are bound.
-        rows: all rows.
+        of: which rows, and how.
         see0: first position that row r sees.
         see1: end of the positions that row r sees.
-        softcap: bound of the logits, or None.
         part: where row 0 is in part_max and part_sum.
     """
-    kernel.scratch("lane", 16)
-    with kernel.block(f"for r in T.serial({rows.count})"):
+    lanes = of.lanes
+    shift = lanes.bit_length() - 1
+    lane = at("lane", "0", lanes)
+    kernel.scratch("lane", lanes)
+    with kernel.block(f"for r in T.serial({of.rows})"):
         kernel.let("begin", f'T.Cast("int32", {see0} - lo)')
         kernel.let("end", f'T.Cast("int32", {see1} - lo)')
-        kernel.let("step0", 'T.shift_right(T.Cast("int32", see0 - lo), 3)')
-        kernel.let("step1", 'T.shift_right(T.Cast("int32", see1 - lo) + 7, 3)')
-        kernel.line(f"{at('lane', '0', 8)} = {splat(NEGATIVE, 8)}")
-        _write_largest(kernel, rows, softcap)
-        _fold(kernel, "T.max({}, {})")
+        kernel.let("step0", f'T.shift_right(T.Cast("int32", see0 - lo), {shift})')
+        kernel.let("step1", f'T.shift_right(T.Cast("int32", see1 - lo) + {lanes - 1}, {shift})')
+        kernel.line(f"{lane} = {splat(NEGATIVE, lanes)}")
+        if not of.masks:
+            _write_edges(kernel, of)
+        _write_largest(kernel, of, lane)
+        fold(kernel, "lane", lanes, "T.max({}, {})")
         kernel.let("largest", "lane[0]")
         # A row that sees nothing has -inf; -inf - (-inf) would be NaN.
         kernel.let("top", f"T.Select(largest == {NEGATIVE}, {number(0.0)}, largest)")
-        kernel.line(f"{at('lane', '0', 8)} = {number(0.0, 8)}")
+        kernel.line(f"{lane} = {number(0.0, lanes)}")
         with kernel.block("for step in T.serial(step0, step1)"):
-            target = at("logits", f"r * {rows.stride} + step * 8 + {PAD}", 8)
-            kernel.let("x", f"{target} - {splat('top', 8)}")
-            write_exp(kernel, "x", "y", 8)
+            target = at("logits", of.place("step"), lanes)
+            kernel.let("x", f"{target} - {splat('top', lanes)}")
+            write_exp(kernel, "x", "y", lanes)
             kernel.line(f"{target} = y")
-            kernel.line(f"{at('lane', '0', 8)} = {at('lane', '0', 8)} + y")
-        _fold(kernel, "({} + {})")
+            kernel.line(f"{lane} = {lane} + y")
+        fold(kernel, "lane", lanes, "({} + {})")
         kernel.line(f"part_max[{part} + r] = largest")
         kernel.line(f"part_sum[{part} + r] = lane[0]")
 
 
-def _write_largest(kernel: Kernel, rows: Rows, softcap: float | None) -> None:
-    """Write the masked (and capped) logits back, and their maximum by lanes."""
+def _write_edges(kernel: Kernel, of: Softmax) -> None:
+    """Mask the logits beside [begin, end) that share a vector with one inside."""
+    first, last = f"step0 * {of.lanes}", f"step1 * {of.lanes}"
+    for low, high in ((first, "begin"), ("end", last)):
+        with kernel.block(f"for i in T.serial({low}, {high})"):
+            kernel.line(f"logits[r * {of.stride} + i + {PAD}] = {NEGATIVE}")
+
+
+def _write_largest(kernel: Kernel, of: Softmax, lane: str) -> None:
+    """Find the maximum by lanes; write capped and masked logits back."""
+    lanes, value = of.lanes, "s"
     with kernel.block("for step in T.serial(step0, step1)"):
-        target = at("logits", f"r * {rows.stride} + step * 8 + {PAD}", 8)
+        target = at("logits", of.place("step"), lanes)
         kernel.let("s", target)
-        if softcap is not None:
-            write_softcap(kernel, "s", "capped", softcap, 8)
-        kernel.let("place", "T.ramp(step * 8, 1, 8)")
-        value, none = "s" if softcap is None else "capped", splat(NEGATIVE, 8)
-        below = f"T.Select(place < {splat('end', 8)}, {value}, {none})"
-        kernel.let("x", f"T.Select(place >= {splat('begin', 8)}, {below}, {none})")
-        kernel.line(f"{target} = x")
-        kernel.line(f"{at('lane', '0', 8)} = T.max({at('lane', '0', 8)}, x)")
-
-
-def _fold(kernel: Kernel, combine: str) -> None:
-    """Reduce the eight lanes of `lane` into lane[0]."""
-    for half in (4, 2, 1):
-        for i in range(half):
-            kernel.line(f"lane[{i}] = {combine.format(f'lane[{i}]', f'lane[{i + half}]')}")
+        if of.softcap is not None:
+            write_softcap(kernel, "s", "capped", of.softcap, lanes)
+            value = "capped"
+        if of.masks:
+            none = splat(NEGATIVE, lanes)
+            kernel.let("place", f"T.ramp(step * {lanes}, 1, {lanes})")
+            below = f"T.Select(place < {splat('end', lanes)}, {value}, {none})"
+            kernel.let("x", f"T.Select(place >= {splat('begin', lanes)}, {below}, {none})")
+            kernel.line(f"{target} = x")
+            value = "x"
+        kernel.line(f"{lane} = T.max({lane}, {value})")

@@ -19,9 +19,12 @@ class Kernel(KernelText):
 
     Attributes:
         names: how many names of each beginning `fresh` has bound.
+        numbers: the int64 arguments of the function, where it finds what `arguments` lists in
+            memory; None where it takes these themselves.
     """
 
     names: dict[str, int] = field(default_factory=dict)
+    numbers: tuple[str, ...] | None = None
 
     def let(self, name: str, value: str) -> None:
         """Bind a name to a value."""
@@ -32,6 +35,16 @@ class Kernel(KernelText):
         self.names[name] = self.names.get(name, 0) + 1
         self.let(f"{name}_{self.names[name]}", value)
         return f"{name}_{self.names[name]}"
+
+    def view(self, name: str, dtype: str, address: str) -> str:
+        """Bind memory at an address, int64, as an array."""
+        size = SIZES.get(dtype, 8)
+        self.let(f"{name}_p", f'T.reinterpret(T.handle("{dtype}").ty, {address})')
+        self.line(f'T.attr({name}_p, "storage_alignment", {size})')
+        # How long it is, nobody asks.
+        shape = f"(T.int64({1 << 48}),)"
+        self.line(f'{name} = T.decl_buffer({shape}, "{dtype}", data={name}_p, align={size})')
+        return name
 
     def scratch(self, name: str, count: int, dtype: str = "float32") -> str:
         """Declare memory of this thread. Under 1 KiB it is the stack's, else the pool's."""
@@ -49,14 +62,16 @@ class Kernel(KernelText):
 
         `align` is the element size: the arrays of a caller need no wider alignment.
         """
-        handles = [f"{name}_p: T.handle" for name, _ in self.buffers]
-        arguments = ", ".join(handles + [f"{name}: T.int64" for name in self.scalars])
+        own = self.numbers is None
+        handles = [f"{name}_p: T.handle" for name, _ in self.buffers if own]
+        numbers = self.scalars if self.numbers is None else self.numbers
+        arguments = ", ".join(handles + [f"{name}: T.int64" for name in numbers])
         head = [
             "@T.prim_func(s_tir=True)",
             f"def {self.name}({arguments}):",
             f'    T.func_attr({{"global_symbol": "{self.name}", "tir.noalias": True}})',
         ]
-        for name, dtype in self.buffers:
+        for name, dtype in self.buffers if own else ():
             size = SIZES.get(dtype, 8)
             head.append(f"    {name}_n = T.int64()")
             head.append(
@@ -111,11 +126,11 @@ def rint(value: str, lanes: int, dtype: str = "float32") -> str:
     return pure("llvm.rint", dtype, lanes, value)
 
 
-def fold(kernel: Kernel, name: str, lanes: int, combine: str) -> None:
-    """Write the lanes of a buffer combined, a power of two of them, to its first one."""
+def fold(kernel: Kernel, name: str, lanes: int, combine: str, first: int = 0) -> None:
+    """Write lanes of a buffer combined, a power of two from `first` on, to the first of them."""
     half = lanes // 2
     while half:
-        low, high = at(name, "0", half), at(name, str(half), half)
+        low, high = at(name, str(first), half), at(name, str(first + half), half)
         kernel.line(f"{low} = {combine.format(low, high)}")
         half //= 2
 

@@ -7,13 +7,16 @@ values   tile_values[token, channel], as raw tokens lie
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from ..ir.arrangements import QUAD
+from ..ir.encodings import Drop
+from ..ir.layouts import PageLayout
 from ..ir.planes import code_bits
 from .cpu_pages import PageReader
 from .cpu_quads import lanes_of, value_lanes
 from .cpu_rows import Rows
-from .cpu_text import Kernel, at, bits_as, cast, fma, number, splat
+from .cpu_text import Kernel, at, bits_as, fma, number, splat
 from .machines import Cpu
 
 # Vectors of tokens at once in scores of a tile; with four rows they are eight sums.
@@ -33,25 +36,24 @@ def write_key_tile(kernel: Kernel, reader: PageReader, cpu: Cpu) -> None:
             bytes_of = _words(reader, "t", f"w * {QUAD}", lanes)
             for i in range(reader.planes):
                 for k in range(QUAD):
-                    channel = f"({i * reader.plane + k} + w * {QUAD})"
+                    own = f"({i * reader.plane + k} + w * {QUAD})"
                     if reader.per_channel:
-                        params = _params(kernel, reader, "tg", channel, 1, lanes)
+                        params = _params(kernel, reader, "tg", own, 1, lanes)
                     else:
-                        params = _params(kernel, reader, "t", _group(reader, channel), lanes, lanes)
+                        params = _params(kernel, reader, "t", _group(reader, own), lanes, lanes)
                     value = fma(_code(reader, bytes_of, i, k, lanes), *params)
-                    kernel.line(
-                        f"{at('tile_values', f'{channel} * {tokens} + t', lanes)} = {value}"
-                    )
+                    target = f"({reader.channel(own)}) * {tokens} + t"
+                    kernel.line(f"{at('tile_values', target, lanes)} = {value}")
+    _add_entries(kernel, reader, "T.int64(0)", f"channel * {tokens} + t")
 
 
 def write_value_tile(kernel: Kernel, reader: PageReader, cpu: Cpu) -> None:
     """Decode the tokens [v_t0, v_t1) of the present page, in whole quads."""
     lanes, channels = value_lanes(reader.coded(), reader.width, cpu), reader.layout.channels
-    first = "T.shift_right(v_t0, T.int64(2))"
-    kernel.let("quad0", first)
-    kernel.let("quad1", "T.max(quad0, T.shift_right(v_t1 + 3, T.int64(2)))")
+    first = kernel.fresh("quad", "T.shift_right(v_t0, T.int64(2))")
+    last = kernel.fresh("quad", f"T.max({first}, T.shift_right(v_t1 + 3, T.int64(2)))")
     with (
-        kernel.block("for quad in T.serial(quad0, quad1)"),
+        kernel.block(f"for quad in T.serial({first}, {last})"),
         kernel.block(f"for u in T.serial(T.int64({reader.plane // lanes}))"),
     ):
         bytes_of = _words(reader, f"(quad * {QUAD})", f"u * {lanes}", lanes)
@@ -64,9 +66,25 @@ def write_value_tile(kernel: Kernel, reader: PageReader, cpu: Cpu) -> None:
                 else:
                     params = _params(kernel, reader, t, _group(reader, channel), 1, lanes)
                 value = fma(_code(reader, bytes_of, i, k, lanes), *params)
-                kernel.line(
-                    f"{at('tile_values', f'{t} * {channels} + {channel}', lanes)} = {value}"
-                )
+                target = f"{t} * {channels} + {reader.channel(channel)}"
+                kernel.line(f"{at('tile_values', target, lanes)} = {value}")
+    _add_entries(kernel, reader, "v_t0", f"t * {channels} + channel")
+
+
+def write_dropped_keys(kernel: Kernel, layout: PageLayout) -> None:
+    """Write zeros for the channels of keys that are not stored."""
+    for part in (part for part in layout.parts if isinstance(part.format, Drop)):
+        with kernel.block(f"for j in T.serial(T.int64({part.width * layout.tokens // 8}))"):
+            target = at("tile_values", f"{part.first * layout.tokens} + j * 8", 8)
+            kernel.line(f"{target} = {number(0.0, 8)}")
+
+
+def write_dropped_values(kernel: Kernel, layout: PageLayout, tokens: str) -> None:
+    """Write zeros for the channels of values that are not stored, in a loop over t."""
+    for part in (part for part in layout.parts if isinstance(part.format, Drop)):
+        with kernel.block(tokens), kernel.block(f"for j in T.unroll({part.width // 8})"):
+            target = at("tile_values", f"t * {layout.channels} + {part.first} + j * 8", 8)
+            kernel.line(f"{target} = {number(0.0, 8)}")
 
 
 def write_tile_scores(kernel: Kernel, reader: PageReader, rows: Rows, cpu: Cpu) -> None:
@@ -90,6 +108,13 @@ def write_tile_scores(kernel: Kernel, reader: PageReader, rows: Rows, cpu: Cpu) 
             for j in range(SIDE):
                 target = at("logits", rows.logit(str(r), f"k_pos + t + {j * lanes}"), lanes)
                 kernel.line(f"{target} = {at('acc', str((r * SIDE + j) * lanes), lanes)}")
+
+
+def _add_entries(kernel: Kernel, reader: PageReader, first: str, place: str) -> None:
+    """Add the sparse entries of tokens from `first` on to what was decoded."""
+    target = f"tile_values[{place}]"
+    add = partial(kernel.line, f"{target} = {target} + entry")
+    reader.write_entries(kernel, first, f"{reader.role}_t1", add)
 
 
 def _group(reader: PageReader, channel: str) -> str:
@@ -119,12 +144,10 @@ def _code(reader: PageReader, words: Words, i: int, k: int, lanes: int) -> str:
     """Return code k of the quads of plane i, f32."""
     bits = code_bits(reader.coded())
     if bits != 3:
-        return cast(
-            "float32", _field(words("codes", 0), 8 * k + (bits * i) % 8, bits, lanes), lanes
-        )
+        return reader.number(_field(words("codes", 0), 8 * k + (bits * i) % 8, bits, lanes), lanes)
     low = _field(words("codes", i % 2), 8 * k + i // 2 * 2, 2, lanes)
     high = _field(words("high", 0), 8 * k + i, 1, lanes)
-    return cast("float32", f"({low} + {high} * {splat('T.int32(4)', lanes)})", lanes)
+    return reader.number(f"({low} + {high} * {splat('T.int32(4)', lanes)})", lanes)
 
 
 def _field(words: str, shift: int, bits: int, lanes: int) -> str:

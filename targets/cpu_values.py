@@ -130,7 +130,7 @@ def write_raw_values(
 
 
 def value_scratch(kernel: Kernel, readers: Readers, rows: int) -> None:
-    """Declare what the values of one item need for every page; the readers take turns."""
+    """Declare what the values of one head need for a page; heads and readers take turns."""
     tokens = readers[0].layout.tokens
     coded = [reader for reader in readers if not isinstance(reader.format, Raw)]
     groups = [reader.groups for reader in coded if not reader.per_channel]
@@ -155,6 +155,11 @@ def write_page_values(kernel: Kernel, reader: PageReader, rows: Rows) -> None:
         for g in range(reader.groups):
             _token_weights(kernel, reader, rows, g)
             _token_group(kernel, reader, rows, g)
+    write_entry_values(kernel, reader, rows)
+
+
+def write_entry_values(kernel: Kernel, reader: PageReader, rows: Rows) -> None:
+    """Add the sparse entries of the present page, if any, to the outputs of a block of rows."""
 
     def add() -> None:
         with kernel.block(f"for r in T.unroll({rows.count})"):

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..ir.encodings import Bfp, Int, Raw, Sparse
+from ..ir.encodings import Bfp, Int, Lut, Raw, Sparse
+from ..ir.encodings.lut import OFFSET, PARTS
 from ..ir.plan import StreamPlan
 from ..ir.planes import code_bits
-from .gpu_pages import PageReader, declare_pages, readers_of
+from .gpu_pages import PageReader, declare_pages, operand, readers_of
 from .gpu_text import (
     LARGEST,
     Kernel,
@@ -108,6 +109,8 @@ def _write_group(
             _write_tokens(kernel, reader, fmt)
         case Bfp() as fmt:
             _write_blocks(kernel, reader, fmt)
+        case Lut() as fmt:
+            _write_entries_of_table(kernel, reader, fmt)
     if reader.part.sparse is not None:
         _write_entries(kernel, reader, reader.part.sparse)
 
@@ -296,6 +299,45 @@ def _write_blocks(kernel: Kernel, reader: PageReader, fmt: Bfp) -> None:
         undone = f"(n - {middle}) / tl.where(times == 0.0, 1.0, times)"
         _write_dense(kernel, reader, i, undone)
     _write_planes(kernel, reader)
+
+
+def _write_entries_of_table(kernel: Kernel, reader: PageReader, fmt: Lut) -> None:
+    """Encode tokens into a table: a scale for each group, then the codes, plane by plane."""
+    role, wide = reader.role, padded(fmt.group)
+    kernel.line(f"j = tl.arange(0, {wide})")
+    for g in range(reader.part.width // fmt.group):
+        kernel.note(f"group {g}: channels {g * fmt.group} to {(g + 1) * fmt.group - 1}")
+        kernel.line(f"x = {_cut(reader, _group(reader, g, fmt.group))}.to(tl.float64)")
+        kernel.line("wanted = tl.max(tl.abs(x), axis=1)")
+        if fmt.sigmas is None:
+            kernel.line(f"wanted = wanted / {float(fmt.most)}")
+        else:
+            _write_mean(kernel, fmt, fmt.sigmas)
+        write_stored(kernel, "wanted", fmt.params)
+        target = f"{role}_{reader.part.field('scale').dtype} + {reader.row('scale')} + {g}"
+        kernel.line(f"tl.store({target}, stored, mask=here)")
+        _write_flag(kernel, "tl.where(here, single, 0.0)")
+        kernel.line(f"scale_{g} = single.to(tl.float64)")
+    for i in range(reader.part.planes):
+        kernel.note(
+            f"codes of channels {i * reader.part.plane} to {(i + 1) * reader.part.plane - 1}"
+        )
+        kernel.line(f"x = {_tail(reader, i)}")
+        _spread(kernel, reader, i, fmt.group, "scale")
+        counts = [f"(x > scale * {middle}).to(tl.int32)" for middle in fmt.middles]
+        kernel.line(f"code_{i} = {' + '.join(counts)}")
+        entry = f"({operand(fmt.operands, f'code_{i}')} - {OFFSET}).to(tl.float64)"
+        _write_dense(kernel, reader, i, f"{entry} * scale")
+    _write_planes(kernel, reader)
+
+
+def _write_mean(kernel: Kernel, fmt: Lut, sigmas: float) -> None:
+    """Turn `wanted`, the largest value, into the scale: the sum of squares is of whole numbers."""
+    kernel.line(f"part = wanted / {PARTS}")
+    kernel.line("n = x / tl.where(part > 0.0, part, 1.0)[:, None]")
+    write_rint(kernel, "n")
+    kernel.line(f"mean = tl.sum(n * n, axis=1) / {float(fmt.group)}")
+    kernel.line(f"wanted = part * tl.sqrt(mean) * {sigmas / fmt.most!r}")
 
 
 def _write_planes(kernel: Kernel, reader: PageReader) -> None:

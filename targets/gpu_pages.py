@@ -6,8 +6,9 @@ for each plane i. Every format then reads as
 
     x^[t, c] = code(t, c) * scale + zero
 
-A token that is masked out reads as zero, whatever lies in memory. Sparse entries are added to the
-blocks: each is compared with the channels of its token's row.
+The code of a format with a table is the operand that it names (`ir/encodings/lut.py`), picked from
+words of four. A token that is masked out reads as zero, whatever lies in memory. Sparse entries are
+added to the blocks: each is compared with the channels of its token's row.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..ir.encodings import Bfp, Drop, Int, Raw
+from ..ir.encodings import Bfp, Dense, Drop, Int, Lut, Raw
 from ..ir.layouts import PageLayout, Part
 from ..ir.plan import StreamPlan
-from ..ir.planes import code_bits
+from ..ir.planes import code_bits, offset
 from .gpu_text import LEAST_DOT, Kernel, across, as_f32, both, down, load, padded
 
 
@@ -117,9 +118,11 @@ class PageReader:
         scale, zero = self._parameters(i, here)
         kernel.line(f"{name}_scale = {scale}")
         code = f"({self._code(i)}).to(tl.float32)"
-        if isinstance(fmt, Bfp) or fmt.zero == "none":
-            middle = 2.0 ** (code_bits(fmt) - 1)
-            kernel.line(f"{out} = ({code} - {middle}) * {name}_scale")
+        if isinstance(fmt, Lut):
+            kernel.line(f"{name}_code = {self._code(i)}")
+            code = f"{operand(fmt.operands, f'{name}_code')}.to(tl.float32)"
+        if not isinstance(fmt, Int) or fmt.zero == "none":
+            kernel.line(f"{out} = ({code} - {float(offset(fmt))}) * {name}_scale")
             return
         kernel.line(f"{name}_zero = {zero}")
         if fmt.zero == "int":
@@ -145,7 +148,8 @@ class PageReader:
             exponent = f"{self._parameter('exponent', i, here)}.to(tl.int32)"
             power = f"({exponent} << 23).to(tl.float32, bitcast=True)"
             return f"{power} * {2.0 ** (2 - fmt.mantissa)}", ""
-        zero = "" if fmt.zero == "none" else as_f32(self._parameter("zero", i, here), fmt.params)
+        is_lone = isinstance(fmt, Lut) or fmt.zero == "none"
+        zero = "" if is_lone else as_f32(self._parameter("zero", i, here), fmt.params)
         return as_f32(self._parameter("scale", i, here), fmt.params), zero
 
     def _parameter(self, name: str, i: int, here: str) -> str:
@@ -181,7 +185,7 @@ class PageReader:
         start = f"{block} + {field.offset // size}" if field.offset else block
         return f"{start} + {index} * {field.shape[1]}"
 
-    def coded(self) -> Int | Bfp:
+    def coded(self) -> Dense:
         """Return the format, one with codes."""
         if isinstance(self.part.format, Raw | Drop):
             raise TypeError("the format has no codes")
@@ -200,6 +204,21 @@ def declare_pages(kernel: Kernel, stream: StreamPlan) -> None:
         kernel.array(f"{stream.role}_{field.dtype}", field.dtype)
     kernel.array(f"{stream.role}_table", "int64")
     kernel.scalar(f"{stream.role}_max_pages")
+
+
+def operand(operands: tuple[int, ...], code: str) -> str:
+    """Return the operands of codes, i32; `code` is a name."""
+    words = [
+        str(int.from_bytes(bytes(operands[i : i + 4]), "little"))
+        for i in range(0, len(operands), 4)
+    ]
+    while len(words) > 1:
+        half = len(words) // 2
+        words = [
+            f"tl.where(({code} & {4 * half}) != 0, {high}, {low})"
+            for low, high in zip(words[:half], words[half:], strict=True)
+        ]
+    return f"(({words[0]} >> (({code} & 3) << 3)) & 255)"
 
 
 def _bits(value: str, shift: int, bits: int, *, last: bool) -> str:

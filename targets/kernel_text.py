@@ -24,7 +24,7 @@ KERNELS = {
 }
 
 # On the host, where a call takes longer than storing a token, one more does the work of four.
-HOST_KERNELS = {"step": "append few new keys and values, and encode what is due, in one call"}
+HOST_KERNELS = {"step": "append one new token a row, and encode what is due, in one call"}
 
 
 @dataclass(slots=True)
@@ -93,18 +93,24 @@ def kernels_text(head: str, sources: Mapping[str, str]) -> str:
     return head + "".join(parts)
 
 
-def append_arguments(kernel: KernelText, stream: StreamPlan, x: str = "x") -> None:
+def append_arguments(kernel: KernelText, stream: StreamPlan) -> None:
     """Declare what append takes: new tokens, where they go, the constants of the maps."""
-    role = stream.role
-    kernel.array(x, "float32")
-    for name in ("first", "count", f"{role}_length"):
+    kernel.array("x", "float32")
+    for name in ("first", "count"):
         kernel.array(name, "int64")
+    store_arguments(kernel, stream)
+    kernel.array("bad", "int64")
+    constant_arguments(kernel, stream.maps)
+
+
+def store_arguments(kernel: KernelText, stream: StreamPlan) -> None:
+    """Declare where new tokens go."""
+    role = stream.role
+    kernel.array(f"{role}_length", "int64")
     if stream.tokens.sink:
         kernel.array(f"{role}_sink", "float32")
     kernel.array(f"{role}_tail", "float32")
     kernel.array(f"{role}_tail_first", "int64")
-    kernel.array("bad", "int64")
-    constant_arguments(kernel, stream.maps)
 
 
 def constant_arguments(kernel: KernelText, maps: Sequence[Map]) -> None:

@@ -15,15 +15,20 @@ from typing import Any
 import cpu
 import cpu_cells
 import cpu_contest
+import cpu_limit
 import cpu_measure
+import cpu_model
 import cpu_ort
 import cpu_pair
 import cpu_peers
+import cpu_prefill
+import cpu_recipes
 import cpu_render
 import numpy as np
 import pytest
 
 import kvant
+from kvant.targets.machines import CPUS
 
 BENCH = str(Path(cpu.__file__).parent)
 CELL = cpu_cells.Cell("int4-token", "2x1x64", 100, 1, 1)
@@ -97,7 +102,7 @@ def test_a_busy_machine_is_refused_without_timing() -> None:
 
 @pytest.mark.parametrize("when", ["meanwhile", "after"])
 def test_a_machine_that_becomes_busy_is_refused(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_measure, "take_turns", lambda *_: (QUIET, QUIET))
+    monkeypatch.setattr(cpu_measure, "take_turns", lambda *_, **__: [QUIET, QUIET])
     used = iter([0.0, 1e6 if when == "meanwhile" else 0.0])
     clock = (cpu_measure.Clock(wall, next(used), 0.0) for wall in (0.0, 1.0))
     monkeypatch.setattr(cpu_measure, "read_clock", lambda: next(clock))
@@ -109,7 +114,7 @@ def test_a_machine_that_becomes_busy_is_refused(when: str, monkeypatch: pytest.M
 def test_a_quiet_machine_gives_numbers_and_a_second_try_counts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(cpu_measure, "take_turns", lambda *_: (QUIET, QUIET))
+    monkeypatch.setattr(cpu_measure, "take_turns", lambda *_, **__: [QUIET, QUIET])
     monkeypatch.setattr(cpu_measure, "share_of_others", lambda *_: 0.01)
     monkeypatch.setattr(cpu_measure.time, "sleep", lambda _: None)
     idle = iter([0.5, 0.0, 0.0])
@@ -181,7 +186,7 @@ def test_a_check_is_repeated_only_for_other_bits(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return cpu.artifact(tmp_path_factory.mktemp("bench"), CELL.recipe, CELL.shape)
+    return cpu_recipes.compiled(tmp_path_factory.mktemp("bench"), CELL.recipe, (2, 1, 64))
 
 
 @pytest.mark.parametrize("batch", [1, 2])
@@ -294,34 +299,40 @@ def test_the_best_of_torch_counts_and_bf16_not_where_the_machine_has_its_dots() 
 
 
 def test_a_share_of_the_bandwidth_compares_bytes_a_second() -> None:
-    facts = {"bytes": 100, "peer_bytes": 400, "instructions": {"k": 0.125, "v": None}}
-    probe = row(peer=cpu_cells.PROBE, peer_error=None, **facts)
-    assert cpu_render.bandwidth_share(probe) == 0.5  # half the time for a quarter of the bytes
-    page = cpu_render.page(data(probe))
+    assert cpu_render.bandwidth_share(probe()) == 0.5  # half the time for a quarter of the bytes
+    page = cpu_render.page(data(probe()))
     assert "| `int4-token` at 4k | L3 |" in page
     assert "| 0.12, floats |" in page
 
 
 def swept(
-    answers: dict[str, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **more: Any
+    answers: dict[str, list[dict[str, Any]]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    **more: Any,
 ) -> dict[str, Any]:
-    """Run a sweep whose processes give `answers` by their peer, and return its data."""
+    """Run a sweep whose processes give `answers` by their peer, in turn; return its data."""
     none = {"refused": "no such"}
+    given = {peer: iter(rows) for peer, rows in answers.items()}
     monkeypatch.setattr(cpu, "DATA", tmp_path / "docs.json")
     monkeypatch.setattr(cpu, "PAGE", tmp_path / "docs.md")
-    monkeypatch.setattr(cpu, "PROGRESS", tmp_path / "progress.json")
+    monkeypatch.setattr(cpu, "PROGRESS", {"headline": tmp_path / "progress.json"})
     monkeypatch.setattr(cpu, "source", lambda: more.get("source", "s"))
-    monkeypatch.setattr(cpu, "versions", lambda: {"torch": "2"})
+    monkeypatch.setattr(cpu, "versions", lambda: more.get("versions", {"torch": "2"}))
     monkeypatch.setattr(cpu.cells, "machine", lambda: data()["machine"])
-    monkeypatch.setattr(cpu, "_child", lambda call, _: answers.get(call[3], none))
-    given = {"data": cpu.PROGRESS, "keep": False, "even_if_busy": False, "artifacts": None}
+    monkeypatch.setattr(cpu, "_child", lambda call, _: next(given.get(call[3], iter([none])), none))
+    options = {"keep": False, "even_if_busy": False, "artifacts": None}
+    options |= {"data": cpu.PROGRESS["headline"]}
     cell = cpu_cells.parse_cell("int4-token,32x8x128,4096,1,1")
-    cpu.sweep([(cell, peer) for peer in answers], argparse.Namespace(**given | more))
-    return dict(json.loads(cpu.PROGRESS.read_text()))
+    cpu.sweep([(cell, peer) for peer in answers], argparse.Namespace(**options | more))
+    return dict(json.loads(cpu.PROGRESS["headline"].read_text()))
+
+
+BUSY = {"refused": "machine busy: others"}
 
 
 def test_a_whole_sweep_is_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = swept({"ik_q4_0": row()}, tmp_path, monkeypatch)
+    found = swept({"ik_q4_0": [row()]}, tmp_path, monkeypatch)
     assert json.loads(cpu.DATA.read_text()) == found
     assert cpu.PAGE.read_text() == cpu_render.page(found)
     assert {r["what"] for r in found["models"]} == set(cpu_cells.MODEL_GOALS)
@@ -330,27 +341,155 @@ def test_a_whole_sweep_is_published(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_noisy_numbers_are_not_published_and_not_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    noisy = {"ik_q4_0": row(busy="machine busy")}
-    assert swept(noisy, tmp_path, monkeypatch, even_if_busy=True)["cells"] == [noisy["ik_q4_0"]]
+    noisy = row(busy="machine busy", source="s")
+    found = swept({"ik_q4_0": [noisy]}, tmp_path, monkeypatch, even_if_busy=True)
+    assert found["cells"] == [noisy]
     assert not cpu.DATA.exists()
-    assert swept({"ik_q4_0": row()}, tmp_path, monkeypatch, keep=True)["cells"] == [row()]
+    found = swept({"ik_q4_0": [row()]}, tmp_path, monkeypatch, keep=True)
+    assert found["cells"] == [row(source="s")]
 
 
-def test_keep_goes_on_with_what_has_no_number(
+def test_keep_goes_on_with_what_these_kernels_did_not_measure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lost = {"ik_q4_0": row(), "torch_f32": {"refused": "machine busy"}}
-    swept(lost, tmp_path, monkeypatch)
-    again = {"ik_q4_0": row(ratio=9.0), "torch_f32": row(peer="torch_f32")}
+    swept({"ik_q4_0": [row()], "torch_f32": [{"refused": "failed: x"}]}, tmp_path, monkeypatch)
+    again = {"ik_q4_0": [row(ratio=9.0)], "torch_f32": [row(peer="torch_f32")]}
     found = swept(again, tmp_path, monkeypatch, keep=True)["cells"]
     assert [(r["peer"], r["ratio"]) for r in found] == [("ik_q4_0", 2.0), ("torch_f32", 2.0)]
-    with pytest.raises(SystemExit, match="is of another source: measure without --keep"):
-        swept(again, tmp_path, monkeypatch, keep=True, source="t")
+    found = swept(again, tmp_path, monkeypatch, keep=True, source="t")["cells"]
+    assert [(r["ratio"], r["source"]) for r in found] == [(9.0, "t"), (2.0, "t")]
+    with pytest.raises(SystemExit, match="is of another versions: measure without --keep"):
+        swept(again, tmp_path, monkeypatch, keep=True, versions={"torch": "3"})
+
+
+def test_what_was_refused_for_noise_is_tried_again_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = {
+        "ik_q4_0": [BUSY, row()],
+        "torch_f32": [row(peer="torch_f32")],
+        "ik_q8_0": [BUSY] * 9,
+        "ort_f32": [{"refused": "out of tolerance"}, row(peer="ort_f32")],
+    }
+    found = {r["peer"]: r for r in swept(answers, tmp_path, monkeypatch)["cells"]}
+    assert found["ik_q4_0"]["ratio"] == found["torch_f32"]["ratio"] == 2.0
+    assert found["ik_q8_0"]["refused"] == BUSY["refused"]
+    assert found["ort_f32"]["refused"] == "out of tolerance"
+    assert len(found) == len(answers)
 
 
 def test_a_sweep_on_a_busy_machine_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    busy = {str(i): {"refused": "machine busy: others"} for i in range(cpu.PATIENCE + 1)}
+    busy = {str(i): [BUSY] for i in range(cpu.PATIENCE + 1)}
     with pytest.raises(SystemExit, match="stopped: machine busy: others"):
         swept(busy, tmp_path, monkeypatch)
-    assert len(json.loads(cpu.PROGRESS.read_text())["cells"]) == cpu.PATIENCE
+    kept = json.loads(cpu.PROGRESS["headline"].read_text())["cells"]
+    assert len(kept) == cpu.PATIENCE
     assert not cpu.DATA.exists()
+
+
+def probe(**changes: Any) -> dict[str, Any]:
+    """A row beside the memory: 1 ms, of which 0.5 ms are reading and 0.84 instructions."""
+    facts = {"bytes": 100, "peer_bytes": 400, "instructions": {"k": 0.125, "v": None}}
+    facts |= {"executed": {"dot": 300, "scalar": 100}, "loop_instructions": 1000}
+    facts |= {"floats": {"k": None, "v": "the recipe says so"}, "left_out": []}
+    third = {"third_ms": {"median": 2.1, "low": 2.0, "high": 2.2}}
+    return row(peer=cpu_cells.PROBE, peer_error=None, **facts | third | changes)
+
+
+def test_the_limit_is_the_larger_of_bytes_and_instructions() -> None:
+    ours = probe()["ours_ms"]["median"]
+    assert cpu_render.limit_times(probe()) == pytest.approx((ours / 2, 0.84))
+    assert cpu_render.limit_share(probe()) == pytest.approx(0.84 / ours)
+    few = probe(executed={"dot": 10})
+    assert cpu_render.limit_share(few) == pytest.approx(0.5)
+    assert cpu_render.what_limits(probe()) == (
+        "Instructions: 0.84 ms of instructions, 0.50 ms of reading; values go through floats, "
+        "because the recipe says so."
+    )
+    assert cpu_render.what_limits(few).startswith("Bytes: 0.02 ms")
+    assert "50% of the time is waiting and calls." in cpu_render.what_limits(few)
+    page = cpu_render.page(data(probe(recipe="ksort-bfp", left_out=["sort-k"])))
+    assert "| `ksort-bfp` without sort-k at 4k | L3 |" in page
+    goal = goal_line(cpu_render.page(data(probe())), "int4 and 2-bit: share of the machine's limit")
+    assert goal.endswith("| 0.7 | 0.85 | `int4-token` 4k, 1 thread: 0.84 | reached |")
+    uncounted = {k: x for k, x in probe().items() if k not in ("executed", "third_ms")}
+    goal = goal_line(cpu_render.page(data(uncounted)), "int4 and 2-bit: share of the machine's")
+    assert goal.endswith("`int4-token` 4k, 1 thread: not counted | incomplete |")
+
+
+def test_a_third_takes_turns_and_must_be_steady(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_measure, "share_of_others", lambda *_: 0.0)
+    rounds = [QUIET, QUIET, [3.0] * 5]
+    monkeypatch.setattr(cpu_measure, "take_turns", lambda *runs, **_: rounds[: len(runs)])
+    found = cpu_measure.measure(int, int, third=int, attempts=1, idle=lambda: 0.0)
+    assert found["third_ms"]["median"] == 3.0
+    assert "third_ms" not in cpu_measure.measure(int, int, attempts=1, idle=lambda: 0.0)
+    rounds[2] = [1.0, 1.0, 2.0]
+    found = cpu_measure.measure(int, int, third=int, attempts=1, idle=lambda: 0.0)
+    assert "beside both spread" in found["refused"]
+
+
+def test_every_recipe_and_every_shape_has_a_row_in_the_short_run() -> None:
+    names = cpu_recipes.names()
+    assert {"int4-token", "ksort-bfp", "split-2bit", "qserve-kv4", "quarot-kv2"} <= set(names)
+    assert cpu_recipes.left_out("ksort-bfp") == ["sort-k"]
+    assert cpu_recipes.left_out("quarot-kv2") == []
+    pairs = cpu_cells.headline(names, cores=2)
+    probed = {c.recipe for c, peer in pairs if peer == cpu_cells.PROBE and c.context == 65536}
+    assert probed == set(names)
+    assert {c.shape for c, _ in pairs} == set(cpu_cells.SHAPES)
+    assert {c.batch for c, _ in pairs} == set(cpu_cells.BATCHES)
+    assert any(c.recipe.endswith(f"{cpu_recipes.AT}{cpu_cells.AVX2}") for c, _ in pairs)
+    assert {c.threads for c, _ in cpu_cells.headline(names, cores=1)} == {1}
+
+
+def test_kernels_for_another_processor_are_labelled() -> None:
+    other = row(recipe="int4-token@x86-64-v3")
+    page = cpu_render.page(data(other))
+    assert "| `int4-token` for x86-64-v3 | ik_q4_0 | 2.00 |" in page
+    assert "4k, 1 thread: 2.00 (2.00)" in goal_line(page, "int4 decode, our kernels for x86-64-v3")
+
+
+def test_two_bits_beside_four_show_both_errors() -> None:
+    wide = {"recipe": "kivi-2bit", "shape": "32x32x128", "context": 32768}
+    page = cpu_render.page(data(row(**wide, peer="kvant:int4-token")))
+    line = goal_line(page, "2-bit (`kivi-2bit`) decode vs our int4")
+    assert "32k, 1 thread: 2.00 (2.00; error 0.10 beside 0.12) | aim reached |" in line
+
+
+def test_the_loop_mixes_kinds_as_they_were_executed() -> None:
+    kinds = cpu_limit.mixed({"dot": 2, "move mem": 1, "scalar": 1})
+    assert len(kinds) == cpu_limit.BODY
+    assert kinds.count("dot") == cpu_limit.BODY // 2
+    assert kinds[:4].count("dot") == 2
+    text = cpu_limit.loop_text({"dot": 1, "move mem": 1}, CPUS["znver4"])
+    assert "vpdpbusd %zmm" in text
+    instructions = [x for x in text.splitlines() if x.startswith("\t") and x[1] != "."]
+    assert len(instructions) == cpu_limit.BODY + 2  # with vzeroupper and ret
+    every = {kind: 1 for kind in cpu_limit.KINDS}
+    for cpu_name in ("x86-64-v3", "znver4"):
+        assert cpu_limit.loop_text(every, CPUS[cpu_name], order=1)
+
+
+def test_a_ratio_that_no_attention_exceeds_follows_from_the_free_run() -> None:
+    found = {"ours_ms": {"median": 200.0}, "peer_ms": {"median": 400.0}}
+    text = cpu_model._at_most(found | {"third_ms": {"median": 100.0}})
+    assert "40.0 tokens/s, which is 50% of our time: no attention reaches more than 4.00" in text
+    assert cpu_model._at_most({"refused": "x"}) == ""
+
+
+def test_a_block_of_queries_is_checked(artifact: Path) -> None:
+    shape = kvant.Shape(2, 1, 64)
+    qkv = cpu_peers.tensors(shape, 600, 1, cpu_cells.QUERIES)
+    _, cache, loaded = cpu_peers.open_ours(artifact, qkv, 1)
+    assert cpu_prefill._share(loaded, cache, qkv[0]) <= 1.0
+    right = cpu_prefill._truth(*qkv, shape.logit_scale, np.array([5, cpu_cells.QUERIES - 1]))
+    last = cpu_contest.truth(qkv[0][:, :, -1:], *qkv[1:], shape.logit_scale)
+    np.testing.assert_allclose(right[:, :, 1], last, rtol=1e-9)
+    found = cache.attend(0, qkv[0])[:, :, [5, -1]]
+    assert cpu_contest.error(found, right) < cpu_peers.ERRORS[4]
+    attend: Callable[..., Any] = cache.kernels.attend
+    cache.kernels = SimpleNamespace(
+        attend=lambda *x: [y * np.float32(1.01) for y in attend(*x)], memory=cache.kernels.memory
+    )
+    assert not cpu_prefill._share(loaded, cache, qkv[0]) <= 1.0

@@ -49,9 +49,12 @@ OTHER_RECIPES = (
     "int8-token",
     "kivi-2bit",
     "ksort-bfp",
+    "nf4",
+    "quarot-kv2",
     "quarot-kv4",
     "qserve-kv4",
     "split-2bit",
+    "turboquant-4bit",
 )
 
 
@@ -236,7 +239,9 @@ def test_dense_sparse_4bit_is_better_than_kivi_4bit_at_fewer_bits(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("recipe", ["ksort-bfp", "quarot-kv4", "qserve-kv4", "int4-token"])
+@pytest.mark.parametrize(
+    "recipe", ["ksort-bfp", "quarot-kv4", "qserve-kv4", "int4-token", "nf4", "turboquant-4bit"]
+)
 def test_every_other_recipe_is_usable(quality: Any, recipe: str) -> None:
     q = quality(recipe)
     assert q["kl_mean"] < 0.2, q

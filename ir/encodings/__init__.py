@@ -7,16 +7,19 @@ and `roundtrip(x)`; fields are named arrays as a page holds them, except that co
 
 from .affine import Int
 from .bfp import Bfp
+from .lut import Lut
 from .raw import Raw
 from .slices import Drop, Slice, SliceFormat, Slices, Term
-from .sparse import Sparse
+from .sparse import Dense, Sparse, dense_of
 from .tokens import Format, Tokens
 
 __all__ = [
     "Bfp",
+    "Dense",
     "Drop",
     "Format",
     "Int",
+    "Lut",
     "Raw",
     "Slice",
     "SliceFormat",
@@ -24,4 +27,5 @@ __all__ = [
     "Sparse",
     "Term",
     "Tokens",
+    "dense_of",
 ]

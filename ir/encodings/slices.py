@@ -18,6 +18,7 @@ from ..arrays import Array
 from ..errors import KvantError
 from .affine import Int
 from .bfp import Bfp
+from .lut import Lut
 from .raw import Raw, check_integer, stored_finite
 from .sparse import Sparse
 
@@ -43,7 +44,7 @@ class Drop:
         return {}
 
 
-Term = Raw | Int | Bfp | Sparse
+Term = Raw | Int | Bfp | Lut | Sparse
 SliceFormat = Term | Drop
 
 
@@ -67,7 +68,7 @@ class Slice:
                 "bad-encoding",
                 f"format is {self.format!r}",
                 where="slice",
-                fix="use a format (raw, int, bfp, sparse, drop)",
+                fix="use a format (raw, int, bfp, lut, sparse, drop)",
             )
 
 

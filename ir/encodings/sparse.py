@@ -28,9 +28,10 @@ from ..arrays import Array, FloatName, from_stored
 from ..errors import KvantError
 from .affine import Int
 from .bfp import Bfp
+from .lut import Lut
 from .raw import FLOAT_NAMES, check_choice, check_integer, stored_finite
 
-Dense = Int | Bfp
+Dense = Int | Bfp | Lut
 MOST_CHANNELS = 256  # an index has one byte
 LARGEST_F32 = float(np.finfo(np.float32).max)
 
@@ -61,7 +62,7 @@ class Sparse:
                 "bad-encoding",
                 f"dense is {self.dense!r}",
                 where="sparse",
-                fix="use int or bfp; the other formats have no outliers to spare",
+                fix="use int, bfp or lut; the other formats have no outliers to spare",
             )
         check_integer("sparse", "count", self.count, 1)
         check_choice("sparse", "values", self.values, FLOAT_NAMES)
@@ -121,3 +122,9 @@ class Sparse:
     def roundtrip(self, x: Array) -> Array:
         """Return what reading gives after storing x."""
         return self.decode(self.encode(x))
+
+
+def dense_of(fmt: object) -> Dense | None:
+    """Return the format of the codes of a whole head, or None for raw and sliced ones."""
+    dense = fmt.dense if isinstance(fmt, Sparse) else fmt
+    return dense if isinstance(dense, Dense) else None

@@ -53,7 +53,7 @@ class Tokens:
                 "bad-encoding",
                 f"rest is {self.rest!r}, raw is {self.raw!r}",
                 where="tokens",
-                fix="use a format (raw, int, bfp, sparse, slices) for rest and a raw one for raw",
+                fix="use a format (raw, int, bfp, lut, sparse, slices) for rest, a raw one for raw",
             )
         group = self.rest.group_tokens
         if self.flush == "block" and (self.recent < 1 or self.recent % group):
@@ -76,6 +76,11 @@ class Tokens:
     def group_tokens(self) -> int:
         """Tokens that are encoded together."""
         return self.rest.group_tokens
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether each token is encoded alone, as soon as it is due."""
+        return self.group_tokens == 1 and self.flush == "group"
 
     def check(self, channels: int, where: str) -> None:
         """Refuse a rest that does not fit the channels."""

@@ -82,13 +82,11 @@ REFUSALS: list[tuple[str, Any, Any, tuple[str, ...], str]] = [
     (
         "integer products without integers",
         SHAPE,
-        mine(compute="int", k={"format": "bf16"}, v=INT4 | {"sparse": {"count": 1}}),
+        mine(compute="int", k={"format": "bf16"}, v={"format": "f16"}),
         ("reference",),
-        "compute = int with keys stored as Raw(dtype='bf16') and values as Sparse(dense=Int("
-        "bits=4, axis='token', group=64, zero='float', params='f16', clip=1.0), count=1, "
-        "limit=0.0, values='f16')\n"
+        "compute = int with keys stored as Raw(dtype='bf16') and values as Raw(dtype='f16')\n"
         "  where: recipe mine: attention plan\n"
-        "  fix: store keys or values as int or bfp, not sliced, or use compute = float"
+        "  fix: store keys or values as int, bfp or lut, or use compute = float"
         "  [integer-compute]",
     ),
     (

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from kvant.compiler import recipe as recipes
-from kvant.ir.encodings import Bfp, Drop, Int, Slice, Slices, Sparse, Tokens
+from kvant.ir.encodings import Bfp, Drop, Int, Lut, Slice, Slices, Sparse, Tokens
+from kvant.ir.encodings.lut import LLOYD, NF4
 from kvant.ir.errors import KvantError
 from kvant.passes import PASSES
 
@@ -42,7 +43,7 @@ def test_every_recipe_of_ours_binds_to_heads_of_64_and_128(name: str) -> None:
 def test_the_names_of_the_contract() -> None:
     expected = (
         "dense-sparse-4bit int4-token int8-token kivi-2bit kivi-4bit ksort-bfp qserve-kv4 "
-        "quarot-kv4 split-2bit"
+        "quarot-kv2 quarot-kv4 split-2bit nf4 turboquant-4bit"
     )
     assert set(expected.split()) <= set(recipes.names())
     assert recipes.DEFAULT == "kivi-4bit"
@@ -65,7 +66,10 @@ def per_head(bits: int, zero: str) -> Tokens:
         ("int8-token", [], per_head(8, "none")),
         ("int4-token", [], per_head(4, "float")),
         ("quarot-kv4", ["hadamard-v", "hadamard-qk"], per_head(4, "float")),
+        ("quarot-kv2", ["hadamard-v", "hadamard-qk"], per_head(2, "float")),
         ("qserve-kv4", ["smooth-k"], per_head(4, "float")),
+        ("nf4", [], Tokens(Lut(4, 64, NF4))),
+        ("turboquant-4bit", ["hadamard-v", "hadamard-qk"], Tokens(Lut(4, 64, *LLOYD[4]))),
     ],
 )
 def test_token_recipes_are_what_they_say(name: str, rewrites: list[str], both: Tokens) -> None:
@@ -128,6 +132,64 @@ def test_an_unknown_key_of_sparse_entries() -> None:
         "unknown key 'cuont'\n"
         "  where: mine.toml: k.sparse.cuont\n"
         "  fix: did you mean count? known keys: count, limit, values  [unknown-key]"
+    )
+
+
+LUT = {"format": "lut", "bits": 2, "group": "head", "table": [-9, -2, 2, 9]}
+
+
+def lut_of(channels: int = 64, **changes: object) -> object:
+    recipe = recipes.parse(BASE | {"k": LUT | changes}, "mine.toml")
+    assert recipes.parse(tomllib.loads(recipes.load(recipe)[1]), "m") == recipe
+    return recipes.tokens(recipe.k, channels, "t").rest
+
+
+def test_tables_of_codes_by_name_and_by_list() -> None:
+    assert lut_of() == Lut(2, 64, (-9, -2, 2, 9))
+    assert lut_of(sigmas=2, params="bf16") == Lut(2, 64, (-9, -2, 2, 9), 2.0, "bf16")
+    assert lut_of(bits=4, table="nf4", group=16) == Lut(4, 16, NF4)
+    assert lut_of(bits=4, table="nf4", group=16, sigmas=2.5) == Lut(4, 16, NF4, 2.5)
+    assert lut_of(bits=3, table="lloyd") == Lut(3, 64, *LLOYD[3])
+    assert lut_of(bits=3, table="lloyd", sigmas=2.0) == Lut(3, 64, LLOYD[3][0], 2.0)
+    assert lut_of(sparse={"count": 1}) == Sparse(Lut(2, 64, (-9, -2, 2, 9)), 1)
+    slices = [LUT | {"group": "slice", "channels": 16}, {"format": "bf16", "channels": "rest"}]
+    recipe = recipes.parse(BASE | {"k": {"format": "slices", "slice": slices}}, "mine.toml")
+    assert recipes.tokens(recipe.k, 64, "t").rest.slices[0].format == Lut(2, 16, (-9, -2, 2, 9))
+
+
+@pytest.mark.parametrize(
+    ("changes", "what", "fix"),
+    [
+        ({"table": "nf4"}, "a table of 16 entries", "give 4 of them"),
+        ({"table": [3, 2, 1, 0]}, "table is (3, 2, 1, 0)", "sort the entries, each one once"),
+    ],
+)
+def test_a_table_that_does_not_fit_is_refused(changes: dict, what: str, fix: str) -> None:
+    with pytest.raises(KvantError) as caught:
+        lut_of(**changes)
+    assert str(caught.value) == f"{what}\n  where: lut\n  fix: {fix}  [bad-encoding]"
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"bits": 8}, "k.bits: input should be less than or equal to 4, got 8"),
+        ({"table": "nf3"}, "k.table"),
+        ({"table": [-9, -2, 2.5, 9]}, "k.table"),
+        ({"sigmas": 0}, "k.sigmas: input should be greater than 0, got 0"),
+    ],
+)
+def test_values_of_a_table_are_checked(changes: dict, what: str) -> None:
+    error = refusal(BASE | {"k": LUT | changes})
+    assert error.code == "recipe-value"
+    assert error.what.startswith(what)
+
+
+def test_an_unknown_key_of_a_table_of_codes() -> None:
+    error = refusal(BASE | {"k": LUT | {"tabel": "nf4"}})
+    assert error.fix == (
+        "did you mean table? known keys: sink, recent, flush, format, bits, group, table, sigmas, "
+        "params, sparse"
     )
 
 
@@ -236,7 +298,7 @@ def test_the_example_of_the_docs_does_what_its_heading_says() -> None:
 def test_the_docs_name_every_key_and_pass() -> None:
     text = DOCS.read_text()
     tables = (recipes.Recipe, *recipes.SLICES.values(), recipes.IntStream, recipes.SlicesStream)
-    tables = (*tables, recipes.RawStream, recipes.BfpStream, recipes.Rule)
+    tables = (*tables, recipes.RawStream, recipes.BfpStream, recipes.LutStream, recipes.Rule)
     for key in {key for table in tables for key in table.model_fields} - {"k", "v"}:
         assert re.search(rf"^\| `(\[\[)?{key}(\]\])?` ", text, re.MULTILINE), key
     for name in PASSES.keys() - recipes.ADDED_BY_KVANT:

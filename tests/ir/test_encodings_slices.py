@@ -226,11 +226,14 @@ def test_spoiled_slices_are_refused(spoil):
         AttentionPlan.from_json(plan)
 
 
-def test_sliced_keys_have_no_integer_products():
-    fmt = slices((64, Int(4, "token", 64)), (64, Int(4, "token", 64)))
-    k, v = (StreamPlan(role, 2, 128, (), Tokens(fmt), 64) for role in ("k", "v"))
+def test_slices_have_integer_products_unless_all_are_raw():
+    def plan(*parts):
+        k, v = (StreamPlan(role, 2, 128, (), Tokens(slices(*parts)), 64) for role in ("k", "v"))
+        return AttentionPlan(4, 0.125, None, None, (), k, v, (), "int")
+
+    assert plan((64, Int(4, "token", 64)), (64, Raw("bf16"))).query_bits is None
     with pytest.raises(KvantError) as caught:
-        AttentionPlan(4, 0.125, None, None, (), k, v, (), "int")
+        plan((64, Raw("f16")), (64, Raw("bf16")))
     assert caught.value.code == "integer-compute"
 
 

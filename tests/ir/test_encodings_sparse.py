@@ -147,8 +147,8 @@ def test_json_gives_back_a_plan_and_refuses_a_spoiled_one():
 REFUSED = {
     "dense": (
         lambda: Sparse(Raw("f16"), 1),
-        "dense is Raw(dtype='f16')\n  where: sparse\n  fix: use int or bfp; the other formats have "
-        "no outliers to spare  [bad-encoding]",
+        "dense is Raw(dtype='f16')\n  where: sparse\n  fix: use int, bfp or lut; the other "
+        "formats have no outliers to spare  [bad-encoding]",
     ),
     "count": (
         lambda: Sparse(TOKEN, 0),

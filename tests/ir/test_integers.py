@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from kvant.ir.attention import attend
-from kvant.ir.encodings import Bfp, Int
+from kvant.ir.attention import EXACT, attend
+from kvant.ir.encodings import Bfp, Int, Lut, Sparse
+from kvant.ir.encodings.lut import LLOYD, NF4
 from kvant.ir.integers import BLOCK, Coded, Integers, most_integer, round_weights, rounded_products
 
 FORMATS = {
@@ -14,6 +15,8 @@ FORMATS = {
     "int8": Int(8, "token", 64),
     "int4-channel": Int(4, "channel", 32),
     "bfp": Bfp(4, 16),
+    "nf4": Lut(4, 32, NF4),
+    "lloyd2": Lut(2, 64, *LLOYD[2]),
 }
 
 
@@ -47,7 +50,7 @@ def test_outputs_are_those_of_rounded_weights(name):
     v, own = coded(fmt, rng.standard_normal((1, 2, n, 64)), first)
     v = np.concatenate([rng.standard_normal((1, 2, first, 64)), v], axis=2)
     p = rng.random((1, 2, 3, first + n))
-    integers = Integers([None], [own])
+    integers = Integers([[]], [[own]])
     got = integers.outputs(p, v)
     most = most_integer(fmt.mantissa if isinstance(fmt, Bfp) else fmt.bits)
     want = np.zeros_like(got)
@@ -73,13 +76,56 @@ def test_scores_of_scaled_channels_are_those_of_rounded_products():
     k = np.concatenate([rng.standard_normal((1, 1, 3, 32)), k], axis=2)
     q, scale = rng.standard_normal((1, 1, 2, 32)), 0.125
     exact = scale * q @ k.swapaxes(-1, -2)
-    got = Integers([own], [None]).scores(q, k, scale)
+    got = Integers([[own]], [[]]).scores(q, k, scale)
     assert np.array_equal(got[..., :3], exact[..., :3])
     for token in range(64):
         s = own.scale[0, token // 32]
         u = rounded_products(q[0, 0] * scale, s, 127)
         assert np.allclose(got[0, 0, :, 3 + token], (u / s) @ k[0, 0, 3 + token])
     assert np.abs(got - exact).max() > 1e-4
+
+
+def test_entries_of_a_sparse_format_are_not_rounded():
+    """The rounding is that of the codes alone: what entries add comes on top, exact."""
+    rng = np.random.default_rng(4)
+    x, p, q = rng.standard_normal((1, 2, 64, 64)), rng.random((1, 2, 3, 64)), np.ones((1, 2, 1, 64))
+    for dense in (FORMATS["int4-groups"], FORMATS["int4-channel"]):
+        fmt = Sparse(dense, 3)
+        fields = fmt.encode(x[0])
+        codes, whole = dense.decode(fields), fmt.decode(fields)[None]
+        own = Coded(0, dense, dense.scales(fields), codes)
+        alone = Coded(0, dense, dense.scales(fields))
+        added = p @ (whole - codes)
+        got = Integers([[]], [[own]]).outputs(p, whole)
+        assert np.allclose(got, Integers([[]], [[alone]]).outputs(p, codes[None]) + added)
+        assert not np.allclose(got, Integers([[]], [[alone]]).outputs(p, whole))
+        if not own.per_channel:
+            continue
+        got = Integers([[own]], [[]]).scores(q, whole, 1.0)
+        added = q @ (whole - codes).swapaxes(-1, -2)
+        assert np.allclose(got, Integers([[alone]], [[]]).scores(q, codes[None], 1.0) + added)
+
+
+def test_slices_are_rounded_each_for_itself():
+    rng, dense = np.random.default_rng(5), FORMATS["int4-channel"]
+    x, p, q = rng.standard_normal((1, 2, 64, 64)), rng.random((1, 2, 3, 64)), np.ones((1, 2, 1, 64))
+    parts, stored, owns = [slice(0, 16), slice(24, 64)], x.copy(), []
+    for part in parts:
+        fields = dense.encode(x[0][..., part])
+        stored[..., part] = dense.decode(fields)
+        owns.append(Coded(0, dense, dense.scales(fields), dense.decode(fields), part))
+    got = Integers([[]], [owns]).outputs(p, stored)
+    scores = EXACT.scores(q, stored, 1.0)
+    for part, own in zip(parts, owns, strict=True):
+        alone = Coded(0, dense, own.scale)
+        one = Integers([[alone]], [[alone]])
+        assert np.allclose(got[..., part], one.outputs(p, stored[..., part]))
+        exact = EXACT.scores(q[..., part], stored[..., part], 1.0)
+        scores += one.scores(q[..., part], stored[..., part], 1.0) - exact
+    assert np.allclose(got[..., 16:24], (p @ stored)[..., 16:24])
+    rounded = Integers([owns], [[]]).scores(q, stored, 1.0)
+    assert np.allclose(rounded, scores)
+    assert not np.allclose(rounded, EXACT.scores(q, stored, 1.0))
 
 
 def test_ties_within_reach_are_counted_as_slack():
@@ -89,7 +135,7 @@ def test_ties_within_reach_are_counted_as_slack():
     p = np.full((1, 1, 1, BLOCK), 0.4)
     p[..., 0], p[..., 1] = 1.0, 0.25 + 0.5 / 32767
     for near, slack in ((0.0, 0.0), (1e-2, 1.0)):
-        integers = Integers([None], [own], near)
+        integers = Integers([[]], [[own]], near)
         integers.outputs(p, v)
         assert (integers.slack.max() > 0) == bool(slack)
 
@@ -105,6 +151,6 @@ def test_rounding_of_weights_and_scaled_queries_costs_a_tenth_of_the_encoding(na
     call = {"lengths": np.array([512]), "scale": 0.125}
     exact = attend(q, k, v, **call)[0]
     stored = attend(q, stored_k, stored_v, **call)[0]
-    rounded = attend(q, stored_k, stored_v, products=Integers([own_k], [own_v]), **call)[0]
+    rounded = attend(q, stored_k, stored_v, products=Integers([[own_k]], [[own_v]]), **call)[0]
     rms = [np.sqrt(np.mean(np.square(x - y))) for x, y in ((stored, exact), (rounded, stored))]
     assert 0 < rms[1] <= 0.1 * rms[0], rms

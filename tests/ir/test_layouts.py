@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvant.ir.arrangements import CHANNEL_QUADS, KINDS, TOKEN_QUADS, holds
-from kvant.ir.encodings import Bfp, Int, Raw
+from kvant.ir.encodings import Bfp, Int, Lut, Raw
+from kvant.ir.encodings.lut import LLOYD
 from kvant.ir.errors import KvantError
 from kvant.ir.layouts import PageLayout, page_tokens
 from kvant.ir.planes import pack_plane, unpack_plane
@@ -173,13 +174,15 @@ def test_token_quads_hold_one_byte_of_four_tokens_then_the_next():
 @st.composite
 def layouts(draw):
     """Every width of code x axis x group x odd multiples of what packs, in every arrangement."""
-    kind = draw(st.sampled_from(["int", "bfp", "raw"]))
+    kind = draw(st.sampled_from(["int", "bfp", "lut", "raw"]))
     bits = draw(st.sampled_from([2, 3, 4, 8]))
     unit = {2: 4, 3: 8, 4: 2, 8: 1}[bits]
     if kind == "raw":
         fmt, unit = Raw(draw(st.sampled_from(["bf16", "f16", "f32"]))), 1
     elif kind == "bfp":
         fmt = Bfp(bits, draw(st.integers(1, 5)))
+    elif kind == "lut" and bits < 8:
+        fmt = Lut(bits, draw(st.integers(1, 5)), *LLOYD[bits])
     else:
         zero = draw(st.sampled_from(["none", "int", "float"]))
         axis = draw(st.sampled_from(["token", "channel"]))

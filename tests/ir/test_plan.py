@@ -393,6 +393,6 @@ def test_integer_compute_without_codes_is_refused():
     k, v = (replace(stream, tokens=Tokens(Raw("f32"))) for stream in (plan.k, plan.v))
     coded = replace(plan.v, tokens=Tokens(Int(4, "token", 8)))
     assert replace(plan, k=k, v=coded, compute="int").query_bits is None
-    with pytest.raises(KvantError, match="store keys or values as int or bfp") as caught:
+    with pytest.raises(KvantError, match="store keys or values as int, bfp or lut") as caught:
         replace(plan, k=k, v=v, compute="int")
     assert caught.value.code == "integer-compute"

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from kvant.ir import attrs
 from kvant.ir.encodings.affine import Int
 from kvant.ir.encodings.bfp import Bfp
+from kvant.ir.encodings.lut import LLOYD, NF4, Lut
 from kvant.ir.encodings.raw import Raw
 from kvant.ir.encodings.slices import Drop, Slice, Slices
 from kvant.ir.encodings.sparse import Sparse
@@ -88,6 +89,12 @@ ATTRS = {
     "(1, (a, 2.0))": (1, ("a", 2.0)),
     "raw(bf16)": Raw("bf16"),
     "bfp(mantissa = 4, block = 32)": Bfp(4, 32),
+    "lut(bits = 2, group = 64, table = (-20, -6, 6, 20), sigmas = none, params = f16)": Lut(
+        2, 64, (-20, -6, 6, 20)
+    ),
+    "lut(bits = 2, group = 64, table = (0, 1, 2, 3), sigmas = 2.5, params = bf16)": Lut(
+        2, 64, (0, 1, 2, 3), 2.5, "bf16"
+    ),
     "gather(kvant.k_order)": Gather("kvant.k_order"),
     "scale(values = kvant.k_smooth, inverse = true)": Scale("kvant.k_smooth", True),
     "int(bits = 2, axis = token, group = 64, zero = none, params = bf16, clip = 0.9)": Int(
@@ -161,8 +168,8 @@ LINE_ERRORS = {
     "%y : f32[B, T] = add %x %x {} more": "expected end, found more",
     "%y : f32[B, T] = add %x end": "expected end, found end",
     "%y : f32[B, T] = add %x %x {a = hadamrd(64)}": (
-        "no attribute hadamrd(...); did you mean hadamard? known: bfp drop gather hadamard int raw"
-        " scale slice slices sparse tokens"
+        "no attribute hadamrd(...); did you mean hadamard? known: bfp drop gather hadamard int lut"
+        " raw scale slice slices sparse tokens"
     ),
     "%y : f32[B, T] = add %x %x {a = hadamard(63)}": (
         "a Hadamard transform of size 63 does not exist here"
@@ -227,7 +234,8 @@ INTS = st.builds(
     st.sampled_from(["f16", "bf16", "f32"]),
     st.floats(0.5, 1.0),
 )
-PLAIN = st.one_of(RAWS, INTS, st.just(Int(4, "token", 8, "none")), st.just(Bfp(4, 16)))
+LUTS = st.sampled_from([Lut(4, 16, NF4, params="bf16"), Lut(3, 8, *LLOYD[3])])
+PLAIN = st.one_of(RAWS, INTS, LUTS, st.just(Int(4, "token", 8, "none")), st.just(Bfp(4, 16)))
 SLICES = st.lists(st.builds(Slice, st.integers(1, 64), PLAIN | st.just(Drop())), max_size=3).map(
     lambda some: Slices((*some, Slice(16, Raw("f32"))))
 )

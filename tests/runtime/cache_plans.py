@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvant.ir.encodings import Bfp, Drop, Int, Raw, Slice, Slices, Sparse, Tokens
+from kvant.ir.encodings import Bfp, Drop, Int, Lut, Raw, Slice, Slices, Sparse, Tokens
+from kvant.ir.encodings.lut import LLOYD, NF4
 from kvant.ir.errors import KvantError
 from kvant.ir.layouts import page_tokens
 from kvant.ir.plan import AttentionPlan, StreamPlan
@@ -33,6 +34,8 @@ ENCODINGS = {
     "int4-many-sinks": Tokens(Int(4, "token", 32), sink=100),
     "bfp8": Tokens(Bfp(8, 32)),
     "bfp4-sink-recent": Tokens(Bfp(4, 16), sink=3, recent=10),
+    "nf4": Tokens(Lut(4, 16, NF4), sink=1),
+    "lloyd3-recent": Tokens(Lut(3, 32, *LLOYD[3], params="bf16"), recent=7),
     "slices-2-and-8": Tokens(
         Slices((Slice(16, Int(2, "channel", 32)), Slice(16, Int(8, "token", 16)))),
         sink=4,

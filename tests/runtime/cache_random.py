@@ -5,7 +5,21 @@ from typing import Any
 
 import numpy as np
 
-from kvant.ir.encodings import Bfp, Drop, Format, Int, Raw, Slice, Slices, Sparse, Term, Tokens
+from kvant.ir.encodings import (
+    Bfp,
+    Dense,
+    Drop,
+    Format,
+    Int,
+    Lut,
+    Raw,
+    Slice,
+    Slices,
+    Sparse,
+    Term,
+    Tokens,
+)
+from kvant.ir.encodings.lut import LLOYD
 from kvant.ir.layouts import page_tokens
 from kvant.ir.maps import Gather, Hadamard, Map, Scale
 from kvant.ir.plan import AttentionPlan, StreamPlan
@@ -36,13 +50,17 @@ def random_term(rng: Any, channels: int) -> Term:
     return Sparse(fmt, int(rng.choice([1, 2, 5])), limit, values)  # type: ignore[arg-type]
 
 
-def random_plain(rng: Any, channels: int) -> Raw | Int | Bfp:
+def random_plain(rng: Any, channels: int) -> Raw | Dense:
     """A format without sparse entries."""
-    kind = rng.choice(["raw", "int", "int", "int", "int", "bfp"])
+    kind = rng.choice(["raw", "int", "int", "int", "int", "bfp", "lut"])
     if kind == "raw":
         return Raw(str(rng.choice(["f32", "bf16", "f16"])))  # type: ignore[arg-type]
     if kind == "bfp":
         return Bfp(int(rng.choice([4, 8])), int(np.gcd(channels, rng.choice([16, 32]))))
+    if kind == "lut":
+        table, own = LLOYD[bits := int(rng.choice([2, 3, 4]))]
+        group = int(np.gcd(channels, rng.choice([16, 32, 64])))
+        return Lut(bits, group, table, own if rng.random() < 0.5 else None)
     axis = str(rng.choice(["token", "channel"]))
     groups = [16, int(np.gcd(channels, 32)), channels] if axis == "token" else [16, 32, 64, 128]
     return Int(
@@ -78,7 +96,7 @@ def random_plan(rng: Any) -> tuple[AttentionPlan, Constants]:
     }
     v_maps: tuple[Map, ...] = (Hadamard(dv),) if rng.random() < 0.2 else ()
     rest = k_tokens.rest
-    is_int = any(isinstance(fmt, Int | Bfp) for fmt in (rest, v_tokens.rest))
+    is_int = any(tokens.quantizes for tokens in (k_tokens, v_tokens))
     plan = AttentionPlan(
         q_heads=heads * group,
         scale=float(d**-0.5),

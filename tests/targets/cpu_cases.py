@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from kvant.ir.arrays import Array
-from kvant.ir.encodings import Bfp, Drop, Int, Raw, Slice, SliceFormat, Slices, Sparse, Tokens
+from kvant.ir.encodings import Bfp, Drop, Int, Lut, Raw, Slice, SliceFormat, Slices, Sparse, Tokens
+from kvant.ir.encodings.lut import LLOYD, NF4
 from kvant.ir.encodings.tokens import Format
 from kvant.ir.layouts import page_tokens
 from kvant.ir.maps import Gather, Hadamard, Map, Scale
@@ -131,6 +132,14 @@ DENSE_SPARSE = plan_of(
     k_tokens={"recent": 32, "flush": "block"},
     v_tokens={"recent": 32},
 )
+LUT = plan_of(
+    Lut(4, 40, NF4, params="bf16"),
+    slices((32, Lut(2, 16, (-63, -3, 5, 40), sigmas=1.5)), (32, Sparse(Lut(3, 32, *LLOYD[3]), 2))),
+    d=80,
+    dv=64,
+    group=3,
+    v_tokens={"sink": 2},
+)
 
 # Integer dot products: each format that has them, on both sides, with many scales and with one.
 INTEGER_PLANS: dict[str, AttentionPlan] = {
@@ -166,7 +175,8 @@ INTEGER_PLANS: dict[str, AttentionPlan] = {
     "bfp-int": plan_of(
         Bfp(8, 12),
         Bfp(4, 32),
-        group=7,
+        heads=6,
+        group=12,
         d=72,
         dv=64,
         compute="int",
@@ -181,6 +191,45 @@ INTEGER_PLANS: dict[str, AttentionPlan] = {
         dv=80,
         compute="int",
         window=130,
+    ),
+    "split-2bit-int": replace(SPLIT, compute="int"),
+    "slices-int": plan_of(
+        slices(
+            (32, int_format(4, "channel", 32)), (16, Drop()), (32, int_format(8, "channel", 64))
+        ),
+        slices(
+            (16, Lut(4, 16, NF4)), (32, Sparse(int_format(4, "channel", 32), 2)), (16, Bfp(8, 16))
+        ),
+        d=80,
+        dv=64,
+        group=3,
+        compute="int",
+    ),
+    "dense-sparse-int": replace(DENSE_SPARSE, compute="int"),
+    "sparse-groups-int": plan_of(
+        Sparse(Bfp(4, 16), 3, values="f32"),
+        Sparse(int_format(8, "channel", 32), 2, limit=0.5, values="bf16"),
+        group=3,
+        compute="int",
+        k_tokens={"sink": 2},
+        v_tokens={"sink": 2},
+    ),
+    "lut4-int": plan_of(
+        Lut(4, 32, NF4, params="bf16"),
+        Lut(4, 64, *LLOYD[4]),
+        heads=3,
+        group=1,
+        compute="int",
+    ),
+    "lut3-int": plan_of(
+        Lut(3, 96, *LLOYD[3], params="f32"),
+        Lut(2, 32, (-63, -3, 5, 40)),
+        group=5,
+        d=96,
+        dv=64,
+        compute="int",
+        k_tokens={"recent": 24},
+        v_tokens={"recent": 40},
     ),
 }
 
@@ -233,6 +282,7 @@ PLANS: dict[str, AttentionPlan] = {
         sinks="kvant.sinks",
     ),
     **INTEGER_PLANS,
+    "lut": LUT,
     "split-2bit": SPLIT,
     "slices": plan_of(
         slices(

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from itertools import combinations
 from typing import Any
 
-from kvant.ir.encodings import Bfp, Drop, Int, Raw, Slices, Sparse
+from kvant.ir.encodings import Bfp, Drop, Int, Lut, Raw, Slices, Sparse
 from kvant.ir.maps import Gather, Hadamard, Scale
 from kvant.ir.plan import AttentionPlan, StreamPlan
 
@@ -177,6 +177,9 @@ def _stream_options(stream: StreamPlan) -> dict[str, Any]:
             return options | {"kind": axis, "bits": bits, "zero": zero, "params": params}
         case Bfp(mantissa=bits):
             return options | {"kind": "bfp", "bits": f"mantissa {bits}"}
+        case Lut(bits=bits, sigmas=sigmas, params=params):
+            scale = "largest" if sigmas is None else "mean"
+            return options | {"kind": "lut", "bits": bits, "zero": scale, "params": params}
         case Sparse(limit=limit):
             return options | {"kind": "sparse", "bits": "static" if limit else "top"}
         case Slices(slices=parts):

@@ -14,7 +14,7 @@ import pytest
 from kvant.ir.encodings import Int, Raw
 from kvant.ir.errors import KvantError
 from kvant.runtime.cache import Cache
-from kvant.runtime.launch_cpu import load_library
+from kvant.runtime.launch_cpu import chunks_of, load_library
 from kvant.targets import TARGETS, Build, resolve
 from kvant.targets.cpu import compile_cpu, emit, this_cpu
 from kvant.targets.cpu_link import link
@@ -115,11 +115,37 @@ def test_broken_bytes_are_refused() -> None:
     with pytest.raises(KvantError) as caught:
         load_library({}, "here")
     assert caught.value.code == "kernels-missing"
-    old = json.loads(files["launch.json"])
-    del old["layouts"]
-    with pytest.raises(KvantError, match="an earlier version of kvant wrote it") as caught:
-        load_library(files | {"launch.json": json.dumps(old).encode()}, "here")
-    assert caught.value.code == "kernels-missing"
+    for spoil in (
+        lambda launch: launch.pop("layouts"),
+        lambda launch: launch.pop("item_heads"),
+        lambda launch: launch["kernels"].pop("step"),
+    ):
+        old = json.loads(files["launch.json"])
+        spoil(old)
+        with pytest.raises(KvantError, match="an earlier version of kvant wrote it") as caught:
+            load_library(files | {"launch.json": json.dumps(old).encode()}, "here")
+        assert caught.value.code == "kernels-missing"
+
+
+@pytest.mark.parametrize(
+    ("heads", "most", "items", "threads", "chunks"),
+    [
+        (8, 8, 1, "1", 1),
+        (8, 8, 1, "2", 8),
+        (8, 8, 3, "2", 4),
+        (8, 8, 8, "2", 1),
+        (12, 4, 8, "2", 3),
+        (7, 7, 2, "2", 7),
+        (1, 1, 1, "2", 1),
+        (8, 2, 100, "1", 4),
+    ],
+)
+def test_heads_are_cut_only_where_threads_want_work(
+    heads: int, most: int, items: int, threads: str, chunks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KVANT_NUM_THREADS", threads)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 1})
+    assert chunks_of(heads, most, items) == chunks
 
 
 def test_two_libraries_do_not_take_each_others_place() -> None:

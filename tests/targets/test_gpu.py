@@ -27,7 +27,7 @@ from ..runtime.cache_runner import random_kv
 from .cpu_cases import KIVI, PLANS, constants_of, int_format, loaded, plan_of
 from .gpu_interpreter import Interpreter, interpreted
 
-KINDS_OF_PLAN = "int4-token-int kivi-2bit bfp slices dense-sparse sparse maps".split()
+KINDS_OF_PLAN = "int4-token-int kivi-2bit bfp lut slices dense-sparse sparse maps".split()
 SECONDS = 10.0  # of a processor, for one binary
 SHAPE = kvant.Shape(heads=4, kv_heads=2, head_dim=64, dtype="f32")
 

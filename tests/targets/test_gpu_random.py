@@ -47,6 +47,7 @@ def test_splits_are_merged(name: str, tokens: int) -> None:
         ("slices", "_out_1 * shrink[:, None]", "_out_1"),
         ("dense-sparse", "k_index_1 - 32", "k_index_1 - 33"),
         ("dense-sparse", "v_value_2[:, None]", "0.0"),
+        ("lut3-int", "(k_code & 3) << 3", "(k_code & 1) << 3"),
     ],
 )
 def test_a_wrong_kernel_is_seen(name: str, old: str, new: str) -> None:

@@ -21,6 +21,7 @@ CASES = {
     "int4-token-int.attend": INTEGER,
     "int4-token.encode_v": HEADLINE,
     "kivi-2bit.attend": KIVI,
+    "lut3-int.encode_k": PLANS["lut3-int"],
     "maps.append_k": PLANS["maps"],
     "raw.combine": PLANS["raw"],  # with learned sinks
     "dense-sparse.attend": DENSE_SPARSE,
@@ -35,6 +36,7 @@ GPU_CASES = (
     "dense-sparse.encode_v",
     "int4-token.encode_v",
     "kivi-2bit.attend",
+    "lut3-int.encode_k",
     "maps.append_k",
     "raw.combine",
 )
