@@ -21,7 +21,7 @@ help:
 	@echo "make test       lint, types, architecture and all tests that take minutes together"
 	@echo "make test-long  the same promises over many more cases (downloads Gemma-3-270M, 240 MB)"
 	@echo "make golden     renew the golden files (then read the diff)"
-	@echo "make bench-cpu  our CPU kernels beside every other engine, in 15 minutes on a quiet machine"
+	@echo "make bench-cpu  our CPU kernels beside every other engine, in 25 minutes on a quiet machine"
 
 venv: $(STAMP)
 

@@ -1,6 +1,6 @@
 """Our CPU kernels beside every CPU engine that installs from a wheel: `make bench-cpu`.
 
-    python bench/cpu.py --headline                 the first tables; about 15 minutes
+    python bench/cpu.py --headline                 the first tables; about 25 minutes
     python bench/cpu.py --full                     the whole grid; hours
     python bench/cpu.py --cell int4-token,32x8x128,4096,1,1 --peer ik_q4_0     one pair, printed
     python bench/cpu.py --render                   docs/bench-cpu.md again from its data

@@ -36,7 +36,7 @@ these numbers.
 
 HEAD = """# Our CPU kernels beside every CPU engine
 
-Made by `make bench-cpu` (the first tables, the encodings, a sample of the grid; about 15 minutes)
+Made by `make bench-cpu` (the first tables, the encodings, a sample of the grid; about 25 minutes)
 and `make bench-cpu-full` (the whole grid, hours, in as many pieces as one likes); one pair alone is
 `python bench/cpu.py --cell int4-token,32x8x128,4096,1,1 --peer ik_q4_0`. The numbers are in
 [bench-cpu.json](bench-cpu.json), and this page is made from them. Sources of the kernels: {source}.
