@@ -16,7 +16,7 @@ from kvant.ir.errors import KvantError
 from kvant.runtime.verify import verify
 from kvant.targets.cpu import this_cpu
 
-from .driver_cases import INT4, SHAPE, mine, refusal
+from .driver_cases import SHAPE, mine, refusal
 
 
 @pytest.mark.parametrize("stage", ["capture", "rewrite", "constants", "kernels", "write"])
