@@ -15,7 +15,7 @@ from functools import lru_cache
 import numpy as np
 
 from .arrays import Array
-from .encodings import Bfp, Dense, Drop, Format, Int, SliceFormat, Slices, dense_of
+from .encodings import Dense, Drop, Format, Int, SliceFormat, Slices, dense_of
 from .planes import plane_widths
 
 ROWS, CHANNEL_QUADS, TOKEN_QUADS = "rows", "channel-quads", "token-quads"
@@ -40,7 +40,7 @@ def holds(kind: str, fmt: Format | SliceFormat, tokens: int, channels: int) -> b
     if dense is None or tokens % TILE:
         return False
     widths = [width for _, width in plane_widths(dense, channels)]
-    group = dense.block if isinstance(dense, Bfp) else dense.group_channels
+    group = dense.group_channels
     if kind == CHANNEL_QUADS:
         whole_group = group == 1 or group % QUAD == 0
         return not any(w % QUAD for w in widths) and whole_group and fits_tokens(dense, TILE)

@@ -327,9 +327,9 @@ def _arrays(
         entries = [("index", byte, shape), ("value", STORED[fmt.values], shape)]
         return _arrays(fmt.dense, rows, channels) + entries
     arrays = [(name, byte, (rows, width)) for name, width in plane_widths(fmt, channels)]
-    if isinstance(fmt, Bfp):
-        return [*arrays, ("exponent", byte, (rows, channels // fmt.block))]
     shape = (rows // fmt.group_tokens, channels // fmt.group_channels)
+    if isinstance(fmt, Bfp):
+        return [*arrays, ("exponent", byte, shape)]
     names = ("scale",) if isinstance(fmt, Lut) or fmt.zero == "none" else ("scale", "zero")
     return [*arrays, *((name, STORED[fmt.params], shape) for name in names)]
 

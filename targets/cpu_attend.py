@@ -49,6 +49,7 @@ from .cpu_tiles import (
     write_dropped_keys,
     write_dropped_values,
     write_key_tile,
+    write_tile_entries,
     write_tile_scores,
     write_value_tile,
 )
@@ -283,9 +284,7 @@ def write_decode_page(kernel: Kernel, readers: Readers) -> None:
     for reader in readers:
         with kernel.block(tokens):
             _decode_token(kernel, reader)
-        target = f"tile_values[t * {layout.channels} + channel]"
-        add = partial(kernel.line, f"{target} = {target} + entry")
-        reader.write_entries(kernel, f"{role}_t0", f"{role}_t1", add)
+        write_tile_entries(kernel, reader, f"{role}_t0", f"t * {layout.channels} + channel")
     write_dropped_values(kernel, layout, tokens)
 
 

@@ -9,6 +9,7 @@ and an operand is the word of its code, shifted by eight times the last two bits
 from __future__ import annotations
 
 from .cpu_text import bits_as, cast, pure, splat
+from .kernel_text import chosen_word
 from .machines import Cpu
 
 X86_SHUFFLES = {
@@ -36,19 +37,14 @@ def shuffled(cpu: Cpu, operands: tuple[int, ...], codes: str, lanes: int) -> str
 
 def operand(operands: tuple[int, ...], code: str, lanes: int) -> str:
     """Return the operands of codes, i32; codes are i32 too."""
-    words = [
-        splat(f"T.uint32({int.from_bytes(bytes(operands[i : i + 4]), 'little')})", lanes)
-        for i in range(0, len(operands), 4)
-    ]
-    while len(words) > 1:
-        half = len(words) // 2
-        words = [
-            f"T.Select({_bit(code, 4 * half, lanes)}, {high}, {low})"
-            for low, high in zip(words[:half], words[half:], strict=True)
-        ]
+    word = chosen_word(
+        operands,
+        lambda number: splat(f"T.uint32({number})", lanes),
+        lambda bit, high, low: f"T.Select({_bit(code, bit, lanes)}, {high}, {low})",
+    )
     last = f"T.bitwise_and({code}, {splat('T.int32(3)', lanes)})"
     shift = cast("uint32", f"T.shift_left({last}, {splat('T.int32(3)', lanes)})", lanes)
-    byte = f"T.bitwise_and(T.shift_right({words[0]}, {shift}), {splat('T.uint32(255)', lanes)})"
+    byte = f"T.bitwise_and(T.shift_right({word}, {shift}), {splat('T.uint32(255)', lanes)})"
     return cast("int32", byte, lanes)
 
 

@@ -20,7 +20,7 @@ from math import gcd
 import numpy as np
 
 from ..ir.arrangements import CODES, QUAD, ROWS, TILE, TOKEN_QUADS
-from ..ir.encodings import Bfp, Dense, Drop, Int, Lut, Raw, Sparse
+from ..ir.encodings import Dense, Drop, Int, Lut, Raw, Sparse
 from ..ir.layouts import PageLayout, Part
 from ..ir.plan import StreamPlan
 from ..ir.planes import code_bits, offset
@@ -80,13 +80,7 @@ class PageReader:
     @property
     def group(self) -> int:
         """Channels that share a scale: 1 with one for each channel, all of them for raw."""
-        match self.format:
-            case Int() | Lut() as fmt:
-                return fmt.group_channels
-            case Bfp() as fmt:
-                return fmt.block
-            case Raw():
-                return self.width
+        return self.width if isinstance(self.format, Raw) else self.format.group_channels
 
     @property
     def groups(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import gcd
 
 from ..ir.arrangements import CHANNEL_QUADS, QUAD, ROWS, TOKEN_QUADS, fits_tokens, holds
-from ..ir.encodings import Bfp, Dense, Drop, Int, Raw
+from ..ir.encodings import Dense, Drop, Int, Raw
 from ..ir.integers import BLOCK
 from ..ir.layouts import PageLayout
 from ..ir.plan import AttentionPlan, StreamPlan
@@ -117,5 +117,5 @@ def _rounds_queries(plan: AttentionPlan, parts: list[tuple[Dense, int]]) -> bool
 def _value_chunk(fmt: Dense, channels: int) -> int:
     """Return the channels in a row that share bytes and scale, at most."""
     width = min(width for _, width in plane_widths(fmt, channels))
-    group = fmt.block if isinstance(fmt, Bfp) else fmt.group_channels
+    group = fmt.group_channels
     return width if group in (1, channels) else gcd(width, group)

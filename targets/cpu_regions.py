@@ -115,14 +115,18 @@ def _write_next(kernel: Kernel, readers: Readers, last: str) -> None:
 def _write_ahead(kernel: Kernel, readers: Readers) -> None:
     """Bind `<role>_ask`, the block to ask for while this one is read; ask for its parameters."""
     role, size = readers[0].role, readers[0].layout.head_bytes
-    near = max(1, -(-AHEAD // size))
-    kernel.let("far", f"T.min(h1 - h0, T.int64({near}))")
+    kernel.let("far", f"T.min(h1 - h0, T.int64({_blocks_ahead(size)}))")
     onward = f"{role}_next + (far - (h1 - h0)) * {size}"
     kernel.let(f"{role}_ask", f"{role}_block + T.Select(h + far < h1, far * {size}, {onward})")
     ends = [code_bytes(reader).start for reader in readers[1:]] + [size]
     for reader, end in zip(readers, ends, strict=True):
         begin = code_bytes(reader).stop
         write_asks(kernel, reader, str(begin), end - begin)
+
+
+def _blocks_ahead(size: int) -> int:
+    """Return how many blocks of `size` bytes lie between asking and reading."""
+    return max(1, -(-AHEAD // size))
 
 
 def asks_ahead(readers: Readers) -> bool:
@@ -182,7 +186,7 @@ def write_first_asks(kernel: Kernel, readers: Readers, sink: int) -> None:
         "asked", f"{role}_table[b * {role}_max_pages + {_page_of(sink, layout.tokens)}]"
     )
     block = f"{page} * {layout.page_bytes} + h0 * {layout.head_bytes}"
-    lines = -(-layout.head_bytes // LINE) * max(1, -(-AHEAD // layout.head_bytes))
+    lines = -(-layout.head_bytes // LINE) * _blocks_ahead(layout.head_bytes)
     with kernel.block(f"for line in T.serial(T.int64({lines}))"):
         kernel.prefetch(f"{role}_uint8", f"{block} + line * {LINE}")
 

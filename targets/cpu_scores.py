@@ -213,50 +213,40 @@ def write_page_params(kernel: Kernel, reader: PageReader) -> None:
 
 
 def _group_scales(kernel: Kernel, reader: PageReader, rows: Rows) -> None:
-    """A dot for each group of channels, scaled before it is added."""
+    """A dot for each group of channels: acc = sum_g part_g s_g + (sum q)_g z_g."""
     tokens, dot = TOKENS.get(rows.count, 1), _plain(reader, rows)
+    n, lanes, groups, own = rows.count, reader.lanes, reader.groups, reader.own
     with kernel.block(f"for step in T.serial(T.truncdiv(k_t1 + {tokens - 1}, T.int64({tokens})))"):
         kernel.let("t", f"step * {tokens}")
+        kernel.scratch("acc", n * tokens * lanes)
+        kernel.scratch("part", n * lanes)
+        with kernel.block(f"for i in T.unroll({n * tokens})"):
+            kernel.line(f"{at('acc', f'i * {lanes}', lanes)} = {number(0.0, lanes)}")
+        with kernel.block(f"for s in T.unroll({tokens})"):
+            for g in range(groups):
+                _write_part(kernel, rows, dot, g * reader.group, reader.group)
+                with kernel.block(f"for r in T.unroll({n})"):
+                    acc = at("acc", f"(r * {tokens} + s) * {lanes}", lanes)
+                    scale = splat(f"{own('k_scales')}[(t + s) * {groups} + {g}]", lanes)
+                    zero = splat(f"{own('k_zeros')}[(t + s) * {groups} + {g}]", lanes)
+                    place = f"({rows.of_item('r')} * {groups} + {g}) * {lanes}"
+                    sums = at(own("query_sums"), place, lanes)
+                    part = at("part", f"r * {lanes}", lanes)
+                    kernel.line(f"{acc} = {fma(part, scale, fma(sums, zero, acc))}")
+        store_sums(kernel, rows, tokens, lanes, "k_pos + t", dot.adds)
 
-        def group(g: int, s: str) -> None:
-            with kernel.block(f"for r in T.unroll({rows.count})"):
-                part = at("part", f"r * {dot.lanes}", dot.lanes)
-                kernel.line(f"{part} = {number(0.0, dot.lanes)}")
-            with kernel.block(f"for j in T.unroll({reader.group // dot.lanes})"):
-                channel = f"{g * reader.group} + j * {dot.lanes}"
-                kernel.let("x", dot.value(f"t + {s}", channel))
-                with kernel.block(f"for r in T.unroll({rows.count})"):
-                    acc = at("part", f"r * {dot.lanes}", dot.lanes)
-                    kernel.line(f"{acc} = {fma(dot.query('r', channel), 'x', acc)}")
 
-        write_group_sums(kernel, reader, rows, tokens, group)
-        store_sums(kernel, rows, tokens, dot.lanes, "k_pos + t", dot.adds)
-
-
-def write_group_sums(
-    kernel: Kernel,
-    reader: PageReader,
-    rows: Rows,
-    tokens: int,
-    group: Callable[[int, str], None],
-) -> None:
-    """Write acc = sum_g part_g s_g + (sum q)_g z_g; `group(g, s)` writes part of token t + s."""
-    n, lanes, groups, own = rows.count, reader.lanes, reader.groups, reader.own
-    kernel.scratch("acc", n * tokens * lanes)
-    kernel.scratch("part", n * lanes)
-    with kernel.block(f"for i in T.unroll({n * tokens})"):
-        kernel.line(f"{at('acc', f'i * {lanes}', lanes)} = {number(0.0, lanes)}")
-    with kernel.block(f"for s in T.unroll({tokens})"):
-        for g in range(groups):
-            group(g, "s")
-            with kernel.block(f"for r in T.unroll({n})"):
-                acc = at("acc", f"(r * {tokens} + s) * {lanes}", lanes)
-                scale = splat(f"{own('k_scales')}[(t + s) * {groups} + {g}]", lanes)
-                zero = splat(f"{own('k_zeros')}[(t + s) * {groups} + {g}]", lanes)
-                place = f"({rows.of_item('r')} * {groups} + {g}) * {lanes}"
-                sums = at(own("query_sums"), place, lanes)
-                part = at("part", f"r * {lanes}", lanes)
-                kernel.line(f"{acc} = {fma(part, scale, fma(sums, zero, acc))}")
+def _write_part(kernel: Kernel, rows: Rows, dot: Dot, first: int, width: int) -> None:
+    """Write `part`, the dots of token t + s with every row over some channels, by lanes."""
+    with kernel.block(f"for r in T.unroll({rows.count})"):
+        part = at("part", f"r * {dot.lanes}", dot.lanes)
+        kernel.line(f"{part} = {number(0.0, dot.lanes)}")
+    with kernel.block(f"for j in T.unroll({width // dot.lanes})"):
+        channel = f"{first} + j * {dot.lanes}"
+        kernel.let("x", dot.value("t + s", channel))
+        with kernel.block(f"for r in T.unroll({rows.count})"):
+            part = at("part", f"r * {dot.lanes}", dot.lanes)
+            kernel.line(f"{part} = {fma(dot.query('r', channel), 'x', part)}")
 
 
 def _channel_scales(kernel: Kernel, reader: PageReader, rows: Rows) -> None:

@@ -44,7 +44,7 @@ def write_key_tile(kernel: Kernel, reader: PageReader, cpu: Cpu) -> None:
                     value = fma(_code(reader, bytes_of, i, k, lanes), *params)
                     target = f"({reader.channel(own)}) * {tokens} + t"
                     kernel.line(f"{at('tile_values', target, lanes)} = {value}")
-    _add_entries(kernel, reader, "T.int64(0)", f"channel * {tokens} + t")
+    write_tile_entries(kernel, reader, "T.int64(0)", f"channel * {tokens} + t")
 
 
 def write_value_tile(kernel: Kernel, reader: PageReader, cpu: Cpu) -> None:
@@ -68,7 +68,7 @@ def write_value_tile(kernel: Kernel, reader: PageReader, cpu: Cpu) -> None:
                 value = fma(_code(reader, bytes_of, i, k, lanes), *params)
                 target = f"{t} * {channels} + {reader.channel(channel)}"
                 kernel.line(f"{at('tile_values', target, lanes)} = {value}")
-    _add_entries(kernel, reader, "v_t0", f"t * {channels} + channel")
+    write_tile_entries(kernel, reader, "v_t0", f"t * {channels} + channel")
 
 
 def write_dropped_keys(kernel: Kernel, layout: PageLayout) -> None:
@@ -110,7 +110,7 @@ def write_tile_scores(kernel: Kernel, reader: PageReader, rows: Rows, cpu: Cpu) 
                 kernel.line(f"{target} = {at('acc', str((r * SIDE + j) * lanes), lanes)}")
 
 
-def _add_entries(kernel: Kernel, reader: PageReader, first: str, place: str) -> None:
+def write_tile_entries(kernel: Kernel, reader: PageReader, first: str, place: str) -> None:
     """Add the sparse entries of tokens from `first` on to what was decoded."""
     target = f"tile_values[{place}]"
     add = partial(kernel.line, f"{target} = {target} + entry")

@@ -9,21 +9,19 @@ hold what that left.
 
 from __future__ import annotations
 
-import numpy as np
-
-from ..ir.encodings import Bfp, Int, Lut, Raw, Sparse
+from ..ir.encodings import Bfp, Int, Lut, Raw
 from ..ir.encodings.lut import OFFSET, PARTS
 from ..ir.plan import StreamPlan
 from ..ir.planes import code_bits
-from .gpu_pages import PageReader, declare_pages, operand, readers_of
+from .gpu_encode_sparse import write_dense, write_entries, write_outliers
+from .gpu_pages import PageReader, declare_pages, operand, readers_of, tail_group
 from .gpu_text import (
-    LARGEST,
     Kernel,
     across,
     both,
-    down,
     load,
     padded,
+    write_flag,
     write_rint,
     write_stored,
 )
@@ -99,7 +97,7 @@ def _write_group(
     block = f"page * {reader.layout.page_bytes} + h * {reader.layout.head_bytes}"
     kernel.line(f"{role}_block = {block}")
     if reader.part.sparse is not None:
-        _write_outliers(kernel, reader, reader.part.sparse)
+        write_outliers(kernel, reader, reader.part.sparse)
     match reader.part.format:
         case Raw() as fmt:
             _write_raw(kernel, reader, fmt)
@@ -112,7 +110,7 @@ def _write_group(
         case Lut() as fmt:
             _write_entries_of_table(kernel, reader, fmt)
     if reader.part.sparse is not None:
-        _write_entries(kernel, reader, reader.part.sparse)
+        write_entries(kernel, reader, reader.part.sparse)
 
 
 def _tail(reader: PageReader, i: int) -> str:
@@ -126,15 +124,6 @@ def _cut(reader: PageReader, values: str) -> str:
     if reader.part.sparse is None:
         return values
     return f"tl.minimum(tl.maximum({values}, -m[:, None]), m[:, None])"
-
-
-def _group(reader: PageReader, g: int, size: int) -> str:
-    """Return what the tail holds of group g of `size` channels, f32 [tokens, padded(size)]."""
-    first = reader.part.first + g * size
-    column = f"(j + {first})[None, :]" if first else "j[None, :]"
-    pointer = f"{reader.role}_tail + slot[:, None] * {reader.stream.channels} + {column}"
-    inside = "" if padded(size) == size else f"(j < {size})[None, :]"
-    return load(pointer, both("here[:, None]", inside))
 
 
 def _write_limits(kernel: Kernel, mask: str, *, axis: int) -> None:
@@ -152,14 +141,7 @@ def _write_raw(kernel: Kernel, reader: PageReader, fmt: Raw) -> None:
     kernel.line(f"x = {_tail(reader, 0)}")
     write_stored(kernel, "x", fmt.dtype)
     kernel.line(f"tl.store({reader.at('values', 0)}, stored, mask={_mask(reader)})")
-    _write_flag(kernel, f"tl.where({_mask(reader)}, single, 0.0)")
-
-
-def _write_flag(kernel: Kernel, value: str) -> None:
-    """Flag a head where a stored number is not finite."""
-    wrong = f"tl.max(tl.where(tl.abs({value}) <= {LARGEST}, 0, 1))"
-    with kernel.block(f"if {wrong} > 0"):
-        kernel.line("tl.store(bad + bh, 1)")
+    write_flag(kernel, f"tl.where({_mask(reader)}, single, 0.0)")
 
 
 def _write_channels(kernel: Kernel, reader: PageReader, fmt: Int) -> None:
@@ -180,7 +162,7 @@ def _write_channels(kernel: Kernel, reader: PageReader, fmt: Int) -> None:
         _write_parameters(kernel, reader, fmt, f"{name}_w + {i * plane}", mask)
         scale, zero = across("scale"), across("zero")
         _write_code(kernel, fmt, f"code_{i}", scale, zero)
-        _write_dense(kernel, reader, i, _decoded(fmt, f"code_{i}", scale, zero))
+        write_dense(kernel, reader, i, _decoded(fmt, f"code_{i}", scale, zero))
     _write_planes(kernel, reader)
 
 
@@ -200,7 +182,7 @@ def _write_parameters(kernel: Kernel, reader: PageReader, fmt: Int, column: str,
     write_stored(kernel, "wanted", fmt.params)
     target = f"{role}_{reader.part.field('scale').dtype}"
     kernel.line(f"tl.store({target} + row + {column}, stored, mask={mask})")
-    _write_flag(kernel, f"tl.where({mask}, single, 0.0)")
+    write_flag(kernel, f"tl.where({mask}, single, 0.0)")
     kernel.line("scale = single.to(tl.float64)")
     if fmt.zero == "none":
         return
@@ -210,7 +192,7 @@ def _write_parameters(kernel: Kernel, reader: PageReader, fmt: Int, column: str,
         kernel.line(f"low = tl.minimum(tl.maximum(low, 0.0), {float(fmt.steps)})")
     write_stored(kernel, "low", fmt.params)
     kernel.line(f"tl.store({target} + zero_row + {column}, stored, mask={mask})")
-    _write_flag(kernel, f"tl.where({mask}, single, 0.0)")
+    write_flag(kernel, f"tl.where({mask}, single, 0.0)")
     kernel.line("zero = single.to(tl.float64)")
 
 
@@ -238,7 +220,7 @@ def _write_tokens(kernel: Kernel, reader: PageReader, fmt: Int) -> None:
     kernel.line(f"j = tl.arange(0, {wide})")
     for g in range(groups):
         kernel.note(f"group {g}: channels {g * group} to {(g + 1) * group - 1}")
-        kernel.line(f"x = {_cut(reader, _group(reader, g, group))}.to(tl.float64)")
+        kernel.line(f"x = {_cut(reader, tail_group(reader, g, group))}.to(tl.float64)")
         _write_limits(kernel, "" if wide == group else f"(j < {group})[None, :]", axis=1)
         kernel.line(f"row = {reader.row('scale')}")
         if fmt.zero != "none":
@@ -256,7 +238,7 @@ def _write_tokens(kernel: Kernel, reader: PageReader, fmt: Int) -> None:
         if fmt.zero != "none":
             _spread(kernel, reader, i, group, "zero")
         _write_code(kernel, fmt, f"code_{i}", "scale", "zero")
-        _write_dense(kernel, reader, i, _decoded(fmt, f"code_{i}", "scale", "zero"))
+        write_dense(kernel, reader, i, _decoded(fmt, f"code_{i}", "scale", "zero"))
     _write_planes(kernel, reader)
 
 
@@ -276,7 +258,7 @@ def _write_blocks(kernel: Kernel, reader: PageReader, fmt: Bfp) -> None:
     kernel.line(f"j = tl.arange(0, {wide})")
     for g in range(reader.part.width // block):
         kernel.note(f"block {g}: channels {g * block} to {(g + 1) * block - 1}")
-        values = _cut(reader, _group(reader, g, block))
+        values = _cut(reader, tail_group(reader, g, block))
         kernel.line(f"largest = tl.max(tl.abs({values}), axis=1)")
         kernel.line("byte = (largest.to(tl.int32, bitcast=True) >> 23) & 255")
         target = f"{role}_uint8 + {reader.row('exponent')} + {g}"
@@ -297,7 +279,7 @@ def _write_blocks(kernel: Kernel, reader: PageReader, fmt: Bfp) -> None:
         kernel.line(f"code_{i} = n.to(tl.int32)")
         # The product with a power of two is undone without rounding.
         undone = f"(n - {middle}) / tl.where(times == 0.0, 1.0, times)"
-        _write_dense(kernel, reader, i, undone)
+        write_dense(kernel, reader, i, undone)
     _write_planes(kernel, reader)
 
 
@@ -307,7 +289,7 @@ def _write_entries_of_table(kernel: Kernel, reader: PageReader, fmt: Lut) -> Non
     kernel.line(f"j = tl.arange(0, {wide})")
     for g in range(reader.part.width // fmt.group):
         kernel.note(f"group {g}: channels {g * fmt.group} to {(g + 1) * fmt.group - 1}")
-        kernel.line(f"x = {_cut(reader, _group(reader, g, fmt.group))}.to(tl.float64)")
+        kernel.line(f"x = {_cut(reader, tail_group(reader, g, fmt.group))}.to(tl.float64)")
         kernel.line("wanted = tl.max(tl.abs(x), axis=1)")
         if fmt.sigmas is None:
             kernel.line(f"wanted = wanted / {float(fmt.most)}")
@@ -316,7 +298,7 @@ def _write_entries_of_table(kernel: Kernel, reader: PageReader, fmt: Lut) -> Non
         write_stored(kernel, "wanted", fmt.params)
         target = f"{role}_{reader.part.field('scale').dtype} + {reader.row('scale')} + {g}"
         kernel.line(f"tl.store({target}, stored, mask=here)")
-        _write_flag(kernel, "tl.where(here, single, 0.0)")
+        write_flag(kernel, "tl.where(here, single, 0.0)")
         kernel.line(f"scale_{g} = single.to(tl.float64)")
     for i in range(reader.part.planes):
         kernel.note(
@@ -327,7 +309,7 @@ def _write_entries_of_table(kernel: Kernel, reader: PageReader, fmt: Lut) -> Non
         counts = [f"(x > scale * {middle}).to(tl.int32)" for middle in fmt.middles]
         kernel.line(f"code_{i} = {' + '.join(counts)}")
         entry = f"({operand(fmt.operands, f'code_{i}')} - {OFFSET}).to(tl.float64)"
-        _write_dense(kernel, reader, i, f"{entry} * scale")
+        write_dense(kernel, reader, i, f"{entry} * scale")
     _write_planes(kernel, reader)
 
 
@@ -358,29 +340,6 @@ def _write_planes(kernel: Kernel, reader: PageReader) -> None:
     kernel.line(f"tl.store({reader.at('high', 0)}, byte.to(tl.uint8), mask={mask})")
 
 
-def _write_outliers(kernel: Kernel, reader: PageReader, sparse: Sparse) -> None:
-    """Bind m, and of each entry e: at_e, its channel, x_e, its value, and dense_e = 0; [tokens]."""
-    width = reader.part.width
-    kernel.note("the largest channels of each token, one by one; of equal ones the first")
-    kernel.line(f"j = tl.arange(0, {padded(width)})")
-    kernel.line(f"x = {_group(reader, 0, width)}")
-    is_whole = padded(width) == width
-    size = "tl.abs(x)" if is_whole else f"tl.where((j < {width})[None, :], tl.abs(x), -1.0)"
-    kernel.line(f"size = {size}")
-    for e in range(sparse.count):
-        kernel.line("m = tl.max(size, axis=1)")
-        kernel.line(f"at_{e} = tl.min(tl.where(size == m[:, None], j[None, :], {width}), axis=1)")
-        kernel.line(f"chosen = j[None, :] == at_{e}[:, None]")
-        kernel.line(f"x_{e} = tl.sum(tl.where(chosen, x, 0.0), axis=1)")
-        kernel.line(f"dense_{e} = tl.zeros_like(x_{e}).to(tl.float64)")
-        kernel.line("size = tl.where(chosen, -1.0, size)")
-    kernel.note("what is dense is cut to m")
-    limit = float(np.float32(sparse.limit))
-    kernel.line("m = tl.max(size, axis=1)")
-    if limit > 0.0:
-        kernel.line(f"m = tl.maximum(m, {limit!r})")
-
-
 def _decoded(fmt: Int, code: str, scale: str, zero: str) -> str:
     """Return codes as decoded, f64; the product has no rounding."""
     code = f"{code}.to(tl.float64)"
@@ -388,28 +347,3 @@ def _decoded(fmt: Int, code: str, scale: str, zero: str) -> str:
         return f"{code} * {scale} + {zero}"
     middle = zero if fmt.zero == "int" else str(2.0 ** (fmt.bits - 1))
     return f"({code} - {middle}) * {scale}"
-
-
-def _write_dense(kernel: Kernel, reader: PageReader, i: int, decoded: str) -> None:
-    """Add to dense_e what the codes of plane i say, where the channel of entry e is in it."""
-    if reader.part.sparse is None:
-        return
-    kernel.line(f"dense = {decoded}")
-    for e in range(reader.part.sparse.count):
-        named = f"{across(f'{reader.name}_w')} == {down(f'(at_{e} - {i * reader.part.plane})')}"
-        kept = f"tl.where({both(named, across(reader.columns))}, dense, 0.0)"
-        kernel.line(f"dense_{e} += tl.sum({kept}, axis=1)")
-
-
-def _write_entries(kernel: Kernel, reader: PageReader, sparse: Sparse) -> None:
-    """Store each token's entries: the channel, and what the dense code leaves of its value."""
-    kernel.note("entries, as many as are above m")
-    for e in range(sparse.count):
-        kernel.line(f"above = tl.abs(x_{e}) > m")
-        kernel.line(f"rest = tl.where(above, x_{e}.to(tl.float64) - dense_{e}, 0.0)")
-        write_stored(kernel, "rest", sparse.values)
-        value = f"{reader.role}_{reader.part.field('value').dtype} + {reader.row('value')} + {e}"
-        kernel.line(f"tl.store({value}, stored, mask=here)")
-        _write_flag(kernel, "tl.where(here, single, 0.0)")
-        index = f"{reader.role}_uint8 + {reader.row('index')} + {e}"
-        kernel.line(f"tl.store({index}, tl.where(above, at_{e}, 0).to(tl.uint8), mask=here)")

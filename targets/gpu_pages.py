@@ -22,6 +22,7 @@ from ..ir.layouts import PageLayout, Part
 from ..ir.plan import StreamPlan
 from ..ir.planes import code_bits, offset
 from .gpu_text import LEAST_DOT, Kernel, across, as_f32, both, down, load, padded
+from .kernel_text import chosen_word
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,20 +209,22 @@ def declare_pages(kernel: Kernel, stream: StreamPlan) -> None:
 
 def operand(operands: tuple[int, ...], code: str) -> str:
     """Return the operands of codes, i32; `code` is a name."""
-    words = [
-        str(int.from_bytes(bytes(operands[i : i + 4]), "little"))
-        for i in range(0, len(operands), 4)
-    ]
-    while len(words) > 1:
-        half = len(words) // 2
-        words = [
-            f"tl.where(({code} & {4 * half}) != 0, {high}, {low})"
-            for low, high in zip(words[:half], words[half:], strict=True)
-        ]
-    return f"(({words[0]} >> (({code} & 3) << 3)) & 255)"
+    word = chosen_word(
+        operands, str, lambda bit, high, low: f"tl.where(({code} & {bit}) != 0, {high}, {low})"
+    )
+    return f"(({word} >> (({code} & 3) << 3)) & 255)"
 
 
 def _bits(value: str, shift: int, bits: int, *, last: bool) -> str:
     """Return `bits` bits of a byte from bit `shift` on; nothing stands above the last ones."""
     shifted = f"({value} >> {shift})" if shift else value
     return shifted if last else f"({shifted} & {2**bits - 1})"
+
+
+def tail_group(reader: PageReader, g: int, size: int) -> str:
+    """Return what the tail holds of group g of `size` channels, f32 [tokens, padded(size)]."""
+    first = reader.part.first + g * size
+    column = f"(j + {first})[None, :]" if first else "j[None, :]"
+    pointer = f"{reader.role}_tail + slot[:, None] * {reader.stream.channels} + {column}"
+    inside = "" if padded(size) == size else f"(j < {size})[None, :]"
+    return load(pointer, both("here[:, None]", inside))

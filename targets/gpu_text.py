@@ -108,3 +108,10 @@ def write_stored(kernel: Kernel, value: str, dtype: str) -> None:
     else:
         kernel.line(f"stored = {value}.to(tl.float32)")
     kernel.line(f"single = {as_f32('stored', dtype)}")
+
+
+def write_flag(kernel: Kernel, value: str) -> None:
+    """Flag a head where a stored number is not finite."""
+    wrong = f"tl.max(tl.where(tl.abs({value}) <= {LARGEST}, 0, 1))"
+    with kernel.block(f"if {wrong} > 0"):
+        kernel.line("tl.store(bad + bh, 1)")

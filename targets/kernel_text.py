@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -91,6 +91,27 @@ def kernels_text(head: str, sources: Mapping[str, str]) -> str:
     about = KERNELS | HOST_KERNELS
     parts = [f"\n\n# {name}: {about[name]}\n{source}" for name, source in sources.items()]
     return head + "".join(parts)
+
+
+def chosen_word(
+    operands: Sequence[int], word: Callable[[int], str], choose: Callable[[int, str, str], str]
+) -> str:
+    """Return the word of four bytes of a table that holds the operand of a code.
+
+    Args:
+        operands: bytes, a power of two of them, from four on.
+        word: number of 32 bits -> text.
+        choose: (bit of the code, text if it is set, text if not) -> text.
+    """
+    words = [
+        word(int.from_bytes(bytes(operands[i : i + 4]), "little"))
+        for i in range(0, len(operands), 4)
+    ]
+    while len(words) > 1:
+        half = len(words) // 2
+        pairs = zip(words[:half], words[half:], strict=True)
+        words = [choose(4 * half, high, low) for low, high in pairs]
+    return words[0]
 
 
 def append_arguments(kernel: KernelText, stream: StreamPlan) -> None:

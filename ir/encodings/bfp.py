@@ -47,6 +47,11 @@ class Bfp:
         """Tokens that are encoded together: one."""
         return 1
 
+    @property
+    def group_channels(self) -> int:
+        """Channels that share a scale: a block."""
+        return self.block
+
     def check(self, channels: int, where: str) -> None:
         """Refuse blocks that do not divide the channels."""
         check_divides(where, self.block, channels, "channels")
