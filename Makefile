@@ -14,7 +14,7 @@ PARALLEL ?= -n 2 --dist loadfile
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help venv demo test test-long lint bench bench-cpu bench-cpu-full golden clean
+.PHONY: help venv demo test test-long lint bench bench-cpu bench-cpu-full bench-gpu-static golden clean
 
 help:
 	@echo "make demo       compile SmolLM2-135M, evaluate it, generate, write an HTML report"
@@ -22,6 +22,7 @@ help:
 	@echo "make test-long  the same promises over many more cases (downloads Gemma-3-270M, 240 MB)"
 	@echo "make golden     renew the golden files (then read the diff)"
 	@echo "make bench-cpu  our CPU kernels beside every other engine, in 25 minutes on a quiet machine"
+	@echo "make bench-gpu-static  the GPU kernels of every recipe, compiled and counted with no GPU"
 
 venv: $(STAMP)
 
@@ -71,6 +72,10 @@ bench-cpu: $(PEERS)
 
 bench-cpu-full: $(PEERS)
 	$(BIN)/python bench/cpu.py --full $(BENCH)
+
+# Makes only the rows whose kernels have changed; it can be stopped and run again.
+bench-gpu-static: $(STAMP)
+	$(BIN)/python bench/gpu_static.py $(BENCH)
 
 clean:
 	rm -rf demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,10 +1,11 @@
-"""Orders of the bytes of a page: rows, and quads for instructions that sum four products a lane.
+"""Orders of the bytes of a page: rows, quads for instructions that sum four products a lane, tiles.
 
     rows            each field as it is: tokens, or groups of tokens, one after another
     channel-quads   u8[P, W] of codes as [P / 16, W / 4, 16, 4]: four bytes of one token a lane
     token-quads     u8[P, W] of codes as [P / 4, W, 4]: four tokens of one byte a lane
+    tiles           codes as in rows: 64 tokens are one operand of a GPU's matrix product
 
-Both kinds of quads turn scales, zeros, exponents and sparse entries of tokens around, [C / gc, P],
+Quads and tiles turn scales, zeros, exponents and sparse entries of tokens around, [C / gc, P],
 so that those of neighbouring tokens are neighbours; those of groups of tokens stay as they are.
 """
 
@@ -19,7 +20,8 @@ from .encodings import Dense, Drop, Format, Int, SliceFormat, Slices, dense_of
 from .planes import plane_widths
 
 ROWS, CHANNEL_QUADS, TOKEN_QUADS = "rows", "channel-quads", "token-quads"
-KINDS = (ROWS, CHANNEL_QUADS, TOKEN_QUADS)
+TILES = "tiles"
+KINDS = (ROWS, CHANNEL_QUADS, TOKEN_QUADS, TILES)
 # Numbers that share a lane of 32 bits; tokens that lie together in channel quads.
 QUAD, TILE = 4, 16
 CODES = ("codes", "high")
@@ -31,7 +33,7 @@ def holds(kind: str, fmt: Format | SliceFormat, tokens: int, channels: int) -> b
     Quads take codes of whole heads or of all slices; a plane of channels, a scale's channels and a
     scale's tokens must then be whole lanes of the sum.
     """
-    if kind == ROWS:
+    if kind in (ROWS, TILES):
         return True
     if isinstance(fmt, Slices):
         stored = [part for part in fmt.slices if not isinstance(part.format, Drop)]
@@ -69,6 +71,8 @@ def places(kind: str, tokens: int, name: str, rows: int, columns: int) -> Array:
         return natural
     if name not in CODES:
         return natural.reshape(columns, rows).T
+    if kind == TILES:
+        return natural
     if kind == TOKEN_QUADS:
         quads = natural.reshape(rows // QUAD, columns, QUAD)
         return quads.swapaxes(1, 2).reshape(rows, columns)

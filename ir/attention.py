@@ -31,8 +31,11 @@ class Products(Protocol):
     def scores(self, rows: Array, k: Array, scale: float) -> Array:
         """Return scale times rows [B, H, R, D] by keys [B, H, N, D]: scores [B, H, R, N]."""
 
-    def outputs(self, weights: Array, v: Array) -> Array:
-        """Return the sums [B, H, R, Dv] of v [B, H, N, Dv] with weights [B, H, R, N] of sum 1."""
+    def outputs(self, weights: Array, log_total: Array, v: Array) -> Array:
+        """Return the sums [B, H, R, Dv] of v [B, H, N, Dv] with weights [B, H, R, N] of sum 1.
+
+        `log_total` [B, H, R, 1]: log of what the exponentials were divided by; -inf without keys.
+        """
 
 
 class Exact:
@@ -42,7 +45,7 @@ class Exact:
         """See `Products`."""
         return np.asarray(scale * (rows @ k.swapaxes(-1, -2)))
 
-    def outputs(self, weights: Array, v: Array) -> Array:
+    def outputs(self, weights: Array, log_total: Array, v: Array) -> Array:
         """See `Products`."""
         return np.asarray(weights @ v)
 
@@ -108,7 +111,7 @@ def attend(
     total = weights.sum(axis=-1, keepdims=True) + np.exp(sink - shift)
     with np.errstate(divide="ignore"):
         lse = np.where(total > 0.0, top + np.log(total), -np.inf)
-    out = products.outputs(weights / np.where(total > 0.0, total, 1.0), v_valid)
+    out = products.outputs(weights / np.where(total > 0.0, total, 1.0), lse, v_valid)
     return out.reshape(*q.shape[:3], v.shape[-1]), lse.reshape(q.shape[:3])
 
 

@@ -97,6 +97,10 @@ class Integers:
     near: float = 0.0
     slack: Array = field(default_factory=lambda: np.zeros(()))
 
+    def row(self, b: int) -> Integers:
+        """Return the arithmetic of row b alone."""
+        return Integers([self.k[b]], [self.v[b]], self.near)
+
     def scores(self, rows: Array, k: Array, scale: float) -> Array:
         """See `attention.Products`."""
         scores = EXACT.scores(rows, k, scale)
@@ -113,9 +117,9 @@ class Integers:
                 scores[b, h, :, part] += change.astype(k.dtype) @ codes.T
         return scores
 
-    def outputs(self, weights: Array, v: Array) -> Array:
+    def outputs(self, weights: Array, log_total: Array, v: Array) -> Array:
         """See `attention.Products`."""
-        out = EXACT.outputs(weights, v)
+        out = EXACT.outputs(weights, log_total, v)
         self.slack = np.zeros_like(out)
         for b, coded in _each(self.v):
             for h in range(v.shape[1]):

@@ -14,7 +14,8 @@ Array = NDArray[Any]
 
 _OF_A_STREAM = (
     *("sink", "tail", "tail_first", "table", "encoded", "length", "capacity", "max_pages"),
-    *("uint8", "uint16", "float16", "float32"),  # the pages, by the type as which they are read
+    # the pages, by the type as which they are read
+    *("uint8", "uint16", "float16", "float32", "int8", "int16", "int32"),
 )
 _NAMES = {role: tuple(f"{role}_{name}" for name in _OF_A_STREAM) for role in ("k", "v")}
 
@@ -24,7 +25,7 @@ def stream_values(stream: Stream) -> dict[str, Any]:
     pages, tail, table = stream.pages.reshape(-1), stream.tail, stream.table
     given = (stream.sink, tail, stream.tail_first, table, stream.encoded, stream.length)
     sizes = tail.shape[2], table.shape[1]
-    return dict(zip(_NAMES[stream.plan.role], (*given, *sizes, *[pages] * 4), strict=True))
+    return dict(zip(_NAMES[stream.plan.role], (*given, *sizes, *[pages] * 7), strict=True))
 
 
 def constant_arguments(plan: AttentionPlan, constants: Mapping[str, Array]) -> dict[str, Array]:

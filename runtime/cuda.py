@@ -46,7 +46,7 @@ class CudaLauncher:
                 kernel, shared = module.get_kernel(binary["entry"]), int(binary["shared"])
                 if shared > _SHARED_WITHOUT_ASKING:
                     self._allow(driver, kernel, name, shared)
-                self._kernels[key, name] = kernel, shared, int(facts["threads"])
+                self._kernels[key, name] = kernel, shared, int(binary["threads"])
 
     def _allow(self, driver: Any, kernel: Any, name: str, shared: int) -> None:
         """Ask for more dynamic shared memory; cuda-core can only read that attribute.

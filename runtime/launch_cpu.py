@@ -31,6 +31,9 @@ Array = NDArray[Any]
 # Queries of one launch: the partial results of more would not stay in the caches.
 MOST_QUERIES = 128
 
+# Bytes of a line of the caches.
+LINE = 64
+
 # Parts of attend for each thread, at least: so that all of them end at about the same time.
 PARTS_OF_A_THREAD = 4
 
@@ -159,7 +162,10 @@ class _Scratch(threading.local):
         """Return at least `count` elements; what is in them stays from the last call."""
         have = self.arrays.get(name)
         if have is None or have.size < count or have.dtype != dtype:
-            have = self.arrays[name] = np.zeros(count, dtype)
+            # Kernels store whole vectors; one that lies in two lines takes twice as long.
+            room = np.zeros(count * np.dtype(dtype).itemsize + LINE, np.uint8)
+            first = -room.ctypes.data % LINE
+            have = self.arrays[name] = room[first : first + room.size - LINE].view(dtype)
         return have
 
 

@@ -6,12 +6,14 @@ the kernels' source through Triton's interpreter.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..ir.errors import KvantError
+from ..ir.halves import TILE, whole_tiles
 from ..ir.layouts import PageLayout
 from ..ir.plan import AttentionPlan
 from .arguments import constant_arguments, stream_values
@@ -69,9 +71,9 @@ class Kernels:
         return self._memory
 
     def layouts(self, layer: int) -> tuple[PageLayout, PageLayout]:
-        """Return the plan's own layouts: rows."""
-        plan = self._plans[layer]
-        return plan.k.page_layout(), plan.v.page_layout()
+        """Return the layouts that the kernels were compiled for."""
+        plan, (k, v) = self._plans[layer], self._launch_facts(layer)["layouts"]
+        return replace(plan.k.page_layout(), kind=k), replace(plan.v.page_layout(), kind=v)
 
     def append(self, layer: int, stream: Stream, x: Tensor, first: Ints, count: Ints) -> None:
         """Map and store new tokens; see `stream.Kernels`. What is not finite, `check` refuses."""
@@ -129,28 +131,51 @@ class Kernels:
     ) -> tuple[Tensor, Tensor]:
         plan, facts = self._plans[layer], self._launch_facts(layer)
         batch, heads, queries, _ = q.shape
-        splits = self._splits(layer, length)
         needed = queries * plan.group
-        kernel = "attend" if needed <= facts["rows"]["attend"] else "attend_block"
+        kernel = "attend" if queries == 1 else "attend_block"
         tiles = _tiles(needed, facts["rows"][kernel])
         rows = tiles * facts["rows"][kernel]
         groups = batch * plan.k.heads
+        splits, rest = self._splits(layer, length), 0
+        if kernel == "attend" and facts["rest_tokens"]:
+            splits, rest = self._parts_of_tiles(layer, k, v)
+        grid = (groups, splits + rest, tiles)
         empty = self._memory.empty
         out = empty((batch, heads, queries, plan.v.channels))
         lse = empty((batch, heads, queries))
         values = _stream_values(k) | _stream_values(v) | self._constants[layer]
         values |= {"q": q, "length_of": length, "out": out, "lse": lse}
-        values |= {
-            "query": empty((groups * rows * plan.k.channels,)),
-            "part_out": empty((groups * splits * rows * plan.v.channels,)),
-            "part_max": empty((groups * splits * rows,)),
-            "part_sum": empty((groups * splits * rows,)),
-        }
-        values |= {"splits": splits, "rows": rows, "queries": queries}
+        values |= self._buffers(plan, groups * rows, splits + rest)
+        values |= {"splits": splits, "parts": splits + rest, "rows": rows, "queries": queries}
         self._call(layer, "prepare", (groups, _tiles(needed, facts["rows"]["prepare"])), values)
-        self._call(layer, kernel, (groups, splits, tiles), values)
+        self._call(layer, kernel, grid, values)
         self._call(layer, "combine", (groups, _tiles(needed, facts["rows"]["combine"])), values)
         return out, lse
+
+    def _parts_of_tiles(self, layer: int, k: Stream, v: Stream) -> tuple[int, int]:
+        """Return how many splits the whole tiles have, and how many parts what they leave."""
+        plan, facts = self._plans[layer], self._launch_facts(layer)
+        splits, rest, most = 0, 0, facts["most_splits"]
+        for length, end in zip(k.length, np.minimum(k.encoded, v.encoded), strict=True):
+            begin, end = whole_tiles(int(length), int(end), k.sinks, plan.window)
+            seen = int(length) if plan.window is None else min(int(length), plan.window)
+            rest = max(rest, seen - max(0, end - begin))
+            tokens = max(facts["split_tokens"], TILE * _tiles(end - k.sinks, most * TILE))
+            splits = max(splits, _tiles(end - k.sinks, tokens) if end > begin else 0)
+        return splits, _tiles(rest, facts["rest_tokens"])
+
+    def _buffers(self, plan: AttentionPlan, rows: int, parts: int) -> dict[str, Tensor]:
+        """Return memory for the queries of all rows, and for their results of each part."""
+        empty = self._memory.empty
+        return {
+            "query": empty((rows * plan.k.channels,)),
+            # Integers of at most 16 bits each, and what one is worth.
+            "query_codes": empty((_tiles(rows * plan.k.channels, 2),)),
+            "query_step": empty((rows,)),
+            "part_out": empty((rows * parts * plan.v.channels,)),
+            "part_max": empty((rows * parts,)),
+            "part_sum": empty((rows * parts,)),
+        }
 
     def check(self, streams: Sequence[Stream]) -> None:
         """Wait for the device, and refuse what append or encode could not store.

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..ir.arrangements import ROWS
+from ..ir.arrangements import ROWS, TILES
 from ..ir.attention import EXACT, attend, round_queries
 from ..ir.encodings import Dense
 from ..ir.encodings.slices import with_prefix
 from ..ir.errors import KvantError
+from ..ir.halves import Halves, Units, units_of, whole_tiles
 from ..ir.integers import Coded, Integers
 from ..ir.layouts import PageLayout, Part
 from ..ir.maps import apply
@@ -96,12 +97,13 @@ class Kernels:
     ) -> tuple[Array, Array, float]:
         """Return output, log-sum-exp, and what ties of rounded probabilities may change of outputs.
 
-        One query over streams in quads is computed as `ir/integers.py` says.
+        One query over streams in quads is computed as `ir/integers.py` says, over streams in tiles
+        as `ir/halves.py` says.
         """
         plan = self._plans[layer]
-        integers = integers_of(plan, k, v) if q.shape[2] == 1 else None
-        if integers is not None:
-            integers.near = 4 * score_rounding(self.queries(layer, q), read_stream(k), plan.scale)
+        rounding = rounding_of(plan, k, v) if q.shape[2] == 1 else None
+        if rounding is not None:
+            rounding.near = 4 * score_rounding(self.queries(layer, q), read_stream(k), plan.scale)
         out, lse = attend(
             self.queries(layer, q),
             read_stream(k),
@@ -112,11 +114,11 @@ class Kernels:
             window=plan.window,
             sinks=None if plan.sinks is None else self._constants[layer][plan.sinks],
             dtype=dtype,
-            products=integers or EXACT,
+            products=rounding or EXACT,
         )
         # A map of outputs is at most a sum of all channels.
         spread = 1.0 if not plan.out_maps else float(plan.v.channels)
-        slack = 0.0 if integers is None else spread * float(integers.slack.max(initial=0.0))
+        slack = 0.0 if rounding is None else spread * float(rounding.slack.max(initial=0.0))
         return apply(plan.out_maps, out, self._constants[layer], plan.group), lse, slack
 
     def queries(self, layer: int, q: Floats) -> Array:
@@ -126,12 +128,42 @@ class Kernels:
         return queries if plan.query_bits is None else round_queries(queries, plan.query_bits)
 
 
-def integers_of(plan: AttentionPlan, k: Stream, v: Stream) -> Integers | None:
+def rounding_of(plan: AttentionPlan, k: Stream, v: Stream) -> Integers | Halves | None:
     """Return the arithmetic of one query over two streams, or None where nothing is rounded."""
+    if (k.layout.kind, v.layout.kind) == (TILES, TILES):
+        rows = range(len(k.length))
+        k_units, v_units = ([_units(stream, row) for row in rows] for stream in (k, v))
+        return Halves(k_units, v_units, whole_tiles_of(plan, k, v))
     k_coded, v_coded = (_coded(stream) for stream in (k, v))
     if not any([*k_coded, *v_coded]):
         return None
     return Integers(k_coded, v_coded)
+
+
+def whole_tiles_of(plan: AttentionPlan, k: Stream, v: Stream) -> list[tuple[int, int]]:
+    """Return the positions of each row that lie in whole tiles, for its newest query."""
+    encoded = np.minimum(k.encoded, v.encoded)
+    return [
+        whole_tiles(int(length), int(end), k.sinks, plan.window)
+        for length, end in zip(k.length, encoded, strict=True)
+    ]
+
+
+def _units(stream: Stream, row: int) -> list[Units]:
+    """Return the codes that a row's pages hold, slice by slice."""
+    begin, end = int(stream.held[row]), int(stream.encoded[row])
+    if end <= begin:
+        return []
+    layout, found = stream.layout, []
+    pages = [layout.unpack(page) for page in _pages_of(stream, row, begin, end)]
+    for part in layout.parts:
+        if not isinstance(part.format, Dense):
+            continue
+        fields = [with_prefix(part.prefix, page) for page in pages]
+        own = {name: np.concatenate([one[name] for one in fields], axis=1) for name in fields[0]}
+        channels = slice(part.first, part.first + part.width)
+        found.append(units_of(part.format, own, begin, channels))
+    return found
 
 
 def _coded(stream: Stream) -> list[list[Coded]]:

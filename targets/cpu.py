@@ -24,12 +24,12 @@ from .cpu_encode import encode
 from .cpu_link import link, linked, missing
 from .cpu_prepare import prepare
 from .cpu_quads import layouts, path_of
-from .cpu_rows import item_heads
+from .cpu_rows import item_heads, split_tokens
 from .cpu_step import step
 from .cpu_text import Kernel
 from .kernel_text import HOST_KERNELS, KERNELS
 from .machines import CPUS, Cpu
-from .source import Source, split_tokens, why_not
+from .source import Source, why_not
 from .target import Build, Stage, Target
 
 TVM_FFI = "0.1.15"

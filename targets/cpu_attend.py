@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import product
 from math import gcd
 
 from ..ir.arrangements import CHANNEL_QUADS, ROWS, TOKEN_QUADS
@@ -42,7 +43,12 @@ from .cpu_scores import (
     write_page_scores,
     write_raw_scores,
 )
-from .cpu_scores_int import key_dots, score_scratch_int, write_page_scores_int
+from .cpu_scores_int import (
+    key_dots,
+    score_scratch_int,
+    write_page_queries_int,
+    write_page_scores_int,
+)
 from .cpu_softmax import Softmax, write_softmax
 from .cpu_text import Kernel, at, fma, number, splat
 from .cpu_tiles import (
@@ -59,13 +65,20 @@ from .cpu_values import (
     write_page_values,
     write_raw_values,
 )
-from .cpu_values_int import value_dots, value_scratch_int, write_page_values_int
+from .cpu_values_int import (
+    value_dots,
+    value_scratch_int,
+    write_page_values_int,
+    write_page_weights_int,
+    write_value_zeros,
+)
 from .machines import Cpu
 
 # Queries of one item of attend_block.
 TILE_QUERIES = 8
 MOST_SCORE_ROWS = 8
 MOST_VALUE_ROWS = 4
+SOFTMAX_ROWS = 4
 BLOCK_ROWS = 4
 
 RawWriter = Callable[[Kernel, Rows, str, str, str, str], None]
@@ -116,8 +129,8 @@ def _write_decode(
     kernel.scratch("logits", item_heads(plan) * group * row_stride(plan))
     kernel.note("scores")
     k_rows = [_rows(plan, plan.k.channels, *block) for block in blocks(group, MOST_SCORE_ROWS)]
-    k_page = _key_pages(kernel, k_readers, plan, cpu)
-    _each(kernel, plan, "k", k_readers, k_rows, write_raw_scores, k_page)
+    k_page, k_before = _key_pages(kernel, k_readers, plan, cpu)
+    _each(kernel, plan, "k", k_readers, k_rows, write_raw_scores, k_page, k_before)
     kernel.note("softmax; what comes next is asked for before it")
     if asks_ahead(v_readers):
         write_first_asks(kernel, v_readers, plan.v.tokens.sink)
@@ -125,47 +138,74 @@ def _write_decode(
     kernel.note("values")
     _write_zero_outputs(kernel, plan, "item_part", "item_rows")
     v_rows = [_rows(plan, plan.v.channels, *block) for block in blocks(group, MOST_VALUE_ROWS)]
-    v_page = _value_pages(kernel, v_readers, group, cpu)
-    _each(kernel, plan, "v", v_readers, v_rows, write_raw_values, v_page)
+    v_page, v_before, v_end = _value_pages(kernel, v_readers, plan, cpu)
+    _each(kernel, plan, "v", v_readers, v_rows, write_raw_values, v_page, v_before)
+    v_end()
 
 
 def _softmax(plan: AttentionPlan, rows: str, cpu: Cpu, *, alike: bool) -> Softmax:
     count, lanes = f'T.Cast("int32", {rows})', lanes_of(cpu)
-    return Softmax(count, row_stride(plan), plan.softcap, lanes, alike)
+    at_once, scalef = gcd(plan.group, SOFTMAX_ROWS), cpu.vector == 64
+    return Softmax(count, at_once, row_stride(plan), plan.softcap, lanes, alike, scalef)
 
 
-def _key_pages(kernel: Kernel, readers: Readers, plan: AttentionPlan, cpu: Cpu) -> PageWriter:
-    """Declare what the scores of an item need, and return what writes those of a page."""
+def _key_pages(
+    kernel: Kernel, readers: Readers, plan: AttentionPlan, cpu: Cpu
+) -> tuple[PageWriter, PageWriter | None]:
+    """Declare what the scores of an item need.
+
+    Returns: what writes those of a page, and what is done for all heads of a page before.
+    """
     group, heads = plan.group, item_heads(plan)
-    if readers[0].layout.kind != ROWS:
-        keys = {reader: key_dots(reader, group, cpu) for reader in readers}
-        for own in keys.values():
-            score_scratch_int(kernel, own, heads)
+    if readers[0].layout.kind == ROWS:
+        for reader in readers:
+            score_scratch(kernel, reader, group, heads)
+        return write_page_scores, None
+    keys = {reader: key_dots(reader, group, heads, cpu) for reader in readers}
+    for own in keys.values():
+        score_scratch_int(kernel, own)
 
-        def write_scores(kernel: Kernel, reader: PageReader, rows: Rows) -> None:
-            write_page_scores_int(kernel, keys[reader], rows)
-            write_entry_scores(kernel, reader, rows)
+    def write_scores(kernel: Kernel, reader: PageReader, rows: Rows) -> None:
+        write_page_scores_int(kernel, keys[reader], rows)
+        write_entry_scores(kernel, reader, rows)
 
-        return write_scores
-    for reader in readers:
-        score_scratch(kernel, reader, group, heads)
-    return write_page_scores
+    def write_queries(kernel: Kernel, reader: PageReader, rows: Rows) -> None:
+        if reader.per_channel and keys[reader].heads > 1:
+            write_page_queries_int(kernel, keys[reader], rows)
+
+    all_first = any(own.heads > 1 and own.reader.per_channel for own in keys.values())
+    return write_scores, write_queries if all_first else None
 
 
-def _value_pages(kernel: Kernel, readers: Readers, group: int, cpu: Cpu) -> PageWriter:
-    """Declare what the values of an item need, and return what adds those of a page."""
-    if readers[0].layout.kind != ROWS:
-        values = {reader: value_dots(reader, group, cpu) for reader in readers}
+def _value_pages(
+    kernel: Kernel, readers: Readers, plan: AttentionPlan, cpu: Cpu
+) -> tuple[PageWriter, PageWriter | None, Callable[[], None]]:
+    """Declare what the values of an item need.
+
+    Returns: what adds a page, what is done for all heads of a page before, what ends the last page.
+    """
+    if readers[0].layout.kind == ROWS:
+        value_scratch(kernel, readers, plan.group)
+        return write_page_values, None, lambda: None
+    heads = item_heads(plan)
+    values = {reader: value_dots(reader, plan.group, heads, cpu) for reader in readers}
+    for own in values.values():
+        value_scratch_int(kernel, own, heads)
+
+    def write_values(kernel: Kernel, reader: PageReader, rows: Rows) -> None:
+        write_page_values_int(kernel, values[reader], rows)
+        write_entry_values(kernel, reader, rows)
+
+    def write_weights(kernel: Kernel, reader: PageReader, rows: Rows) -> None:
+        if values[reader].heads > 1:
+            write_page_weights_int(kernel, values[reader], rows)
+
+    def write_end() -> None:
         for own in values.values():
-            value_scratch_int(kernel, own)
+            write_value_zeros(kernel, own)
 
-        def write_values(kernel: Kernel, reader: PageReader, rows: Rows) -> None:
-            write_page_values_int(kernel, values[reader], rows)
-            write_entry_values(kernel, reader, rows)
-
-        return write_values
-    value_scratch(kernel, readers, group)
-    return write_page_values
+    all_first = any(own.heads > 1 for own in values.values())
+    return write_values, write_weights if all_first else None, write_end
 
 
 def _each(
@@ -176,8 +216,20 @@ def _each(
     rows: list[Rows],
     raw: RawWriter,
     page: PageWriter,
+    before: PageWriter | None = None,
 ) -> None:
-    """Walk a stream once and do every block of rows at each region."""
+    """Walk a stream once and do every block of rows at each region.
+
+    Args:
+        kernel: where to write.
+        plan: what is computed.
+        role: of the stream.
+        readers: of its pages.
+        rows: the blocks of rows.
+        raw: writes a raw region.
+        page: writes a page of a head.
+        before: the same for all heads of a page before `page` begins; or None.
+    """
 
     def on_raw(buffer: str, base: str, first: str, last: str) -> None:
         for block in rows:
@@ -190,8 +242,14 @@ def _each(
             for block in rows:
                 page(kernel, reader, block)
 
-    stream = plan.k if role == "k" else plan.v
-    write_regions(kernel, readers, stream, on_raw, on_page, partial(_heads, kernel, plan))
+    def on_before() -> None:
+        for reader, block in product(readers, rows):
+            if before is not None:
+                before(kernel, reader, block)
+
+    stream, heads = plan.k if role == "k" else plan.v, partial(_heads, kernel, plan)
+    all_first = on_before if before else None
+    write_regions(kernel, readers, stream, on_raw, on_page, heads, all_first)
 
 
 def attend_block(plan: AttentionPlan, cpu: Cpu) -> Kernel:

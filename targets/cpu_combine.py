@@ -7,8 +7,14 @@ from math import gcd
 from ..ir.plan import AttentionPlan
 from .cpu_maps import write_maps
 from .cpu_math import NEGATIVE, write_exp, write_log
-from .cpu_text import Kernel, at, cast, number, splat
+from .cpu_text import Kernel, at, cast, fma, number, splat
 from .kernel_text import constant_arguments
+
+# Channels that are merged at once: their sums stay in registers.
+PIECE = 64
+# Splits before they are read, rows are asked for.
+AHEAD = 4
+FLOATS_OF_A_LINE = 16
 
 
 def combine(plan: AttentionPlan) -> Kernel:
@@ -45,7 +51,7 @@ def combine(plan: AttentionPlan) -> Kernel:
             if plan.sinks is not None:
                 _write_sink(kernel, f"sinks[T.truncmod(bhq, T.int64({heads}))]")
             kernel.let("top", "sums[0]")
-            _write_merge(kernel, width, part)
+            _write_merge(kernel, plan.v.heads, width, part)
             _write_result(kernel, plan)
     return kernel
 
@@ -77,19 +83,39 @@ def _write_result(kernel: Kernel, plan: AttentionPlan) -> None:
             kernel.line(f"out[o * {width} + c] = {number(0.0)}")
 
 
-def _write_merge(kernel: Kernel, width: int, part: str) -> None:
-    """Add every split i that saw a key, its row is `part`; part_out of others was never written."""
-    lanes = gcd(8, width)
-    with kernel.block(f"for j in T.serial({width // lanes})"):
-        kernel.line(f"{at('y', f'j * {lanes}', lanes)} = {number(0.0, lanes, 'float64')}")
+def _write_merge(kernel: Kernel, heads: int, width: int, part: str) -> None:
+    """Add every split i that saw a key, its row is `part`; part_out of others was never written.
+
+    Rows of one query lie a split apart, which no processor foresees: they are asked for.
+    """
     with kernel.block("for i in T.serial(splits)"):
         kernel.let("part", part)
+        # A maximum becomes the weight of its split.
         with kernel.block(f"if part_max[part] > {NEGATIVE}"):
             kernel.let("x", "part_max[part] - top")
             write_exp(kernel, "x", "w", 1)
             kernel.line("sums[1] = sums[1] + w * part_sum[part]")
-            with kernel.block(f"for j in T.unroll({width // lanes})"):
-                own = at("part_out", f"part * {width} + j * {lanes}", lanes)
-                total = at("y", f"j * {lanes}", lanes)
-                more = cast("float64", f"{splat('w', lanes)} * {own}", lanes)
-                kernel.line(f"{total} = {total} + {more}")
+            kernel.line("part_max[part] = w")
+        with kernel.block("else"):
+            kernel.line(f"part_max[part] = {number(0.0)}")
+    lanes = gcd(8, width)
+    piece = next(n for n in range(min(PIECE, width), 0, -1) if width % n == 0 and n % lanes == 0)
+    kernel.scratch("merged", piece, "float64")
+    with kernel.block(f"for p in T.serial(T.int64({width // piece}))"):
+        for j in range(0, piece, lanes):
+            kernel.line(f"{at('merged', str(j), lanes)} = {number(0.0, lanes, 'float64')}")
+        with kernel.block("for i in T.serial(splits)"):
+            kernel.let("part", part)
+            kernel.let("place", f"part * {width} + p * {piece}")
+            for line in range(0, piece, FLOATS_OF_A_LINE):
+                later = f"place + rows * {AHEAD * heads * width} + {line}"
+                kernel.prefetch("part_out", later)
+            with kernel.block("if part_max[part] > T.float32(0.0)"):
+                kernel.let("w", 'T.Cast("float64", part_max[part])')
+                for j in range(0, piece, lanes):
+                    own = cast("float64", at("part_out", f"place + {j}", lanes), lanes)
+                    total = at("merged", str(j), lanes)
+                    kernel.line(f"{total} = {fma(splat('w', lanes), own, total)}")
+        for j in range(0, piece, lanes):
+            target = at("y", f"p * {piece} + {j}", lanes)
+            kernel.line(f"{target} = {at('merged', str(j), lanes)}")

@@ -9,28 +9,30 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
-from ..ir.arrangements import ROWS
+from ..ir.arrangements import QUAD, ROWS
 from ..ir.encodings import Raw
 from ..ir.plan import AttentionPlan
 from ..ir.planes import code_bits
 from .cpu_attend import MOST_SCORE_ROWS, MOST_VALUE_ROWS, attend
 from .cpu_compile import assembly
+from .cpu_dots import Dots, dots_of
 from .cpu_pages import PageReader, readers_of
 from .cpu_quads import lanes_of, layouts, value_lanes
 from .cpu_rows import blocks
 from .machines import Cpu
 from .source import Source
 
-# The instruction that takes codes, by kind of dot product: for up to 4 bits, and for 8. LLVM writes
-# vpdpwssd as pmaddwd and a sum for processors on which that is faster.
+# By kind of dot product, for codes of up to 4 bits and of 8: the instruction that takes them, and
+# one that only loops of the other codes have. LLVM writes vpdpwssd as pmaddwd and a sum for
+# processors on which that is faster.
 DOT = {
-    "pairs": ("pmaddubsw", "pmaddwd"),
-    "vnni": ("vpdpbusd", "vpdpwssd|pmaddwd"),
-    "neon": ("sdot", None),
-    "neon-i8mm": ("usdot", None),
+    "pairs": (("pmaddubsw", None), ("pmaddwd", "pmaddubsw")),
+    "vnni": (("vpdpbusd", None), ("vpdpwssd|pmaddwd", "vpdpbusd")),
+    "neon": ((r"\bsdot", None), (r"\budot", None)),
+    "neon-i8mm": (("usdot", r"\budot"), (r"\budot", None)),
 }
-_LABEL = re.compile(r"(\.L\w+):")
-_JUMP = re.compile(r"\s+(?:j\w+|b\.\w+|cbn?z\s+\w+,|tbn?z\s+\w+, #\d+,)\s+(\.L\w+)")
+_LABEL = re.compile(r"(\.?L\w+):")
+_JUMP = re.compile(r"\s+(?:j\w+|b\.\w+|cbn?z\s+\w+,|tbn?z\s+\w+, #\d+,)\s+(\.?L\w+)")
 _INSTRUCTION = re.compile(r"\s+[a-z{]")
 
 
@@ -41,7 +43,7 @@ def instructions_per_element(plan: AttentionPlan, cpu: Cpu) -> dict[str, float |
         plan: all query heads of a group count as one reader of the element.
         cpu: for which the kernel is compiled; it need not be this machine.
 
-    Returns: by role; None where a stream is read in floats, or no dot product takes its codes.
+    Returns: by role; None where a stream is read in floats.
     """
     return {role: _count(plan, role, cpu) for role in ("k", "v")}
 
@@ -61,27 +63,34 @@ def _count(plan: AttentionPlan, role: str, cpu: Cpu) -> float | None:
     rows = blocks(plan.group, most)[0][1]
     total = 0.0
     for reader in readers:
-        count = _count_reader(text, reader, role, cpu)
+        count = _count_reader(text, reader, role, cpu, rows)
         if count is None:
             return None
         total += count * rows * reader.width
     return total / sum(reader.width for reader in readers)
 
 
-def _count_reader(text: str, reader: PageReader, role: str, cpu: Cpu) -> float | None:
+def _count_reader(text: str, reader: PageReader, role: str, cpu: Cpu, rows: int) -> float | None:
     """Return the instructions of the loop of a slice, for each of its elements and one row."""
-    wide = code_bits(reader.coded()) == 8
-    name, narrow = DOT[cpu.dots][wide], DOT[cpu.dots][False]
-    if name is None:
-        return None
     lanes = lanes_of(cpu) if role == "k" else value_lanes(reader.coded(), reader.width, cpu)
-    loops = _loops(text, name, narrow if wide else None)
-    size, dots = max(((dots, size) for size, dots in loops), default=(0, 0))[::-1]
-    return size / (dots * lanes * (2 if wide else 4)) if dots else None
+    name, other = DOT[cpu.dots][code_bits(reader.coded()) == 8]
+    loops = inner_loops(text, name, other)
+    counts = [(sum(bool(re.search(name, line)) for line in body), len(body)) for body in loops]
+    dots, size = max(counts, default=(0, 0))
+    products = dots * _codes_of_a_dot(dots_of(reader.coded(), cpu, lanes, signed=role == "k"), rows)
+    return size / (products * lanes) if dots else None
 
 
-def _loops(text: str, name: str, other: str | None = None) -> list[tuple[int, int]]:
-    """Return (instructions, dot products) of each loop that holds no other one with some.
+def _codes_of_a_dot(dots: Dots, rows: int) -> float:
+    """Return the codes that a counted instruction multiplies in each lane, on average."""
+    if dots.biased:  # low and high bytes of each row, and once the codes alone
+        return QUAD * rows / (2 * rows + 1)
+    low_alone = dots.by_bytes and dots.cpu.dots == "neon-i8mm"
+    return QUAD / dots.words if not low_alone else QUAD
+
+
+def inner_loops(text: str, name: str, other: str | None = None) -> list[list[str]]:
+    """Return the instructions of each loop with dot products that holds no other such loop.
 
     Args:
         text: assembly.
@@ -100,9 +109,9 @@ def _loops(text: str, name: str, other: str | None = None) -> list[tuple[int, in
     ours = [(a, b) for a, b in loops if any(re.search(name, line) for line in lines[a:b])]
     inner = [(a, b) for a, b in ours if not any(a <= c and d < b for c, d in ours)]
     bodies = [[x for x in lines[a : b + 1] if _INSTRUCTION.match(x)] for a, b in inner]
-    if other is not None:
-        bodies = [body for body in bodies if not any(re.search(other, line) for line in body)]
-    return [(len(body), sum(bool(re.search(name, line)) for line in body)) for body in bodies]
+    if other is None:
+        return bodies
+    return [body for body in bodies if not any(re.search(other, line) for line in body)]
 
 
 _HEAD = "from tvm.script import tirx as T\n"

@@ -30,7 +30,7 @@ def shuffled(cpu: Cpu, operands: tuple[int, ...], codes: str, lanes: int) -> str
     # On x86 each 16 bytes have a table of their own.
     order = [i % 2 * (lanes // 8) for i in range(lanes // 8)]
     register = bits_as("uint8", f"T.Shuffle([{pair}], {order})", lanes)
-    if cpu.machine == "x86_64":
+    if not cpu.dots.startswith("neon"):
         return pure(X86_SHUFFLES[lanes], "uint8", lanes, register, codes)
     return pure(NEON_SHUFFLE, "uint8", lanes, register, codes)
 

@@ -232,17 +232,24 @@ class PageReader:
         """Return the bytes of quads of `lanes` neighbours: of tokens (keys) or bytes (values)."""
         return at(f"{self.role}_uint8", self.place(name, row, column), QUAD * lanes)
 
-    def plane_codes(self, i: int, bytes_of: Callable[[str, int], str], lanes: int) -> str:
+    def plane_codes(
+        self, i: int, bytes_of: Callable[[str, int], str], lanes: int, *, in_place: bool = False
+    ) -> str:
         """Return codes of plane i as bytes.
 
         Args:
             i: the plane.
             bytes_of: (field, 0 or 1) -> bytes; 1 where the plane lies behind another one (3 bits).
             lanes: bytes.
+            in_place: whether codes stay where they lie in the byte, and so are 2^(bits i) times as
+                large; not of 3 bits.
         """
         bits = code_bits(self.coded())
         if bits == 8:
             return bytes_of("codes", 0)
+        if in_place:
+            mask = splat(f"T.uint8({(2**bits - 1) << bits * i})", lanes)
+            return f"T.bitwise_and({bytes_of('codes', 0)}, {mask})"
         if bits != 3:
             return bit_field(bytes_of("codes", 0), str(bits * i), bits, lanes)
         low = bit_field(bytes_of("codes", i % 2), str(i // 2 * 2), 2, lanes)

@@ -15,8 +15,8 @@ from .machines import Cpu
 DOT_NAMES = {
     "pairs": "pmaddubsw, pmaddwd",
     "vnni": "vpdpbusd, vpdpwssd",
-    "neon": "sdot",
-    "neon-i8mm": "usdot",
+    "neon": "sdot, udot",
+    "neon-i8mm": "usdot, udot",
 }
 # Sums of 32 bits hold so many products of codes of 8 bits and integers of 16.
 MOST_WIDE = 256

@@ -18,8 +18,8 @@ from ..ir.arrangements import CODES, ROWS
 from ..ir.layouts import PageLayout
 from ..ir.plan import AttentionPlan, StreamPlan
 from .cpu_pages import PageReader, Readers, declare_pages, open_page, readers_of
+from .cpu_rows import split_tokens
 from .cpu_text import Kernel
-from .source import split_tokens
 
 # Bytes of a line of the caches.
 LINE = 64
@@ -63,6 +63,7 @@ def write_regions(
     raw: RawRegion,
     page: PageRegion,
     each_head: EachHead | None = None,
+    before: PageRegion | None = None,
 ) -> None:
     """Walk the positions [see0, see1) of a stream: sink, pages, tail.
 
@@ -74,6 +75,8 @@ def write_regions(
         page: called inside the loop over pages; bound are <role>_pos, the position of the page's
             first token, and <role>_t0, <role>_t1, the tokens of the page that are wanted.
         each_head: writes the loop over heads [h0, h1), innermost; None where h is bound.
+        before: as `page`, for all heads before the first one's `page`, where streams are asked for
+            ahead; or None.
     """
     role, sink, width, size = stream.role, stream.tokens.sink, stream.channels, stream.page_tokens
     head = f"(b * {stream.heads} + h)"
@@ -90,18 +93,40 @@ def write_regions(
         kernel.let(f"{role}_t0", f"T.max(see0 - {role}_pos, T.int64(0))")
         kernel.let(f"{role}_t1", f"T.min({role}_end - {role}_pos, T.int64({size}))")
         kernel.let(f"{role}_page", f"{role}_table[b * {role}_max_pages + page]")
-        ahead = each_head is not None and asks_ahead(readers)
-        if ahead:
+        if each_head is not None and asks_ahead(readers):
             _write_next(kernel, readers, last)
-        with heads():
-            open_page(kernel, readers, f"{role}_page")
-            if ahead:
-                _write_ahead(kernel, readers)
-            page()
+            _write_page(kernel, readers, page, each_head, before)
+        else:
+            with heads():
+                open_page(kernel, readers, f"{role}_page")
+                page()
     with heads():
         base = f"({head} * {role}_capacity - {role}_tail_first[b]) * {width}"
         kernel.let(f"{role}_tail_base", base)
         raw(f"{role}_tail", f"{role}_tail_base", f"T.max(see0, {role}_encoded[b])", "see1")
+
+
+def _write_page(
+    kernel: Kernel,
+    readers: Readers,
+    page: PageRegion,
+    each_head: EachHead,
+    before: PageRegion | None,
+) -> None:
+    """Write what is done for each head of a page that is asked for ahead; see `write_regions`."""
+    role = readers[0].role
+    if before is not None:
+        with each_head():
+            open_page(kernel, readers, f"{role}_page")
+            # It reads the parameters of all heads, so they come a page before.
+            _write_parameter_asks(kernel, readers, f"{role}_block + {role}_next")
+            before()
+    with each_head():
+        open_page(kernel, readers, f"{role}_page")
+        _write_ahead(kernel, readers)
+        if before is None:
+            _write_parameter_asks(kernel, readers, f"{role}_ask")
+        page()
 
 
 def _write_next(kernel: Kernel, readers: Readers, last: str) -> None:
@@ -113,15 +138,20 @@ def _write_next(kernel: Kernel, readers: Readers, last: str) -> None:
 
 
 def _write_ahead(kernel: Kernel, readers: Readers) -> None:
-    """Bind `<role>_ask`, the block to ask for while this one is read; ask for its parameters."""
+    """Bind `<role>_ask`, the block to ask for while this one is read."""
     role, size = readers[0].role, readers[0].layout.head_bytes
     kernel.let("far", f"T.min(h1 - h0, T.int64({_blocks_ahead(size)}))")
     onward = f"{role}_next + (far - (h1 - h0)) * {size}"
     kernel.let(f"{role}_ask", f"{role}_block + T.Select(h + far < h1, far * {size}, {onward})")
+
+
+def _write_parameter_asks(kernel: Kernel, readers: Readers, block: str) -> None:
+    """Ask for the parameters of a block, which lie behind the codes of each part."""
+    size = readers[0].layout.head_bytes
     ends = [code_bytes(reader).start for reader in readers[1:]] + [size]
     for reader, end in zip(readers, ends, strict=True):
         begin = code_bytes(reader).stop
-        write_asks(kernel, reader, str(begin), end - begin)
+        write_asks(kernel, reader, f"{block} + {begin}", end - begin)
 
 
 def _blocks_ahead(size: int) -> int:
@@ -142,9 +172,9 @@ def code_bytes(reader: PageReader) -> range:
 
 
 def write_asks(kernel: Kernel, reader: PageReader, place: str, size: int) -> None:
-    """Ask for the lines of `size` bytes, `place` bytes on in the block to ask for."""
+    """Ask for the lines of `size` bytes from a place in the pages on."""
     for line in range(0, size, LINE):
-        kernel.prefetch(f"{reader.role}_uint8", f"{reader.role}_ask + {place} + {line}")
+        kernel.prefetch(f"{reader.role}_uint8", f"{place} + {line}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,17 +196,21 @@ class Asks:
         """Bytes of a step."""
         return len(code_bytes(self.reader)) // (self.tiles * self.steps)
 
+    @property
+    def _begin(self) -> str:
+        return f"{self.reader.role}_ask + {code_bytes(self.reader).start}"
+
     def write_tile(self, kernel: Kernel, tile: str) -> None:
         """Ask at the beginning of a tile, where its steps are less than lines."""
         if self.size % LINE:
-            size, begin = self.size * self.steps, code_bytes(self.reader).start
-            write_asks(kernel, self.reader, f"{begin} + {tile} * {size}", size)
+            size = self.size * self.steps
+            write_asks(kernel, self.reader, f"{self._begin} + {tile} * {size}", size)
 
     def write_step(self, kernel: Kernel, tile: str, step: str) -> None:
         """Ask at a step, where steps are whole lines."""
         if self.size % LINE == 0:
             place = f"({tile} * {self.steps} + {step}) * {self.size}"
-            write_asks(kernel, self.reader, f"{code_bytes(self.reader).start} + {place}", self.size)
+            write_asks(kernel, self.reader, f"{self._begin} + {place}", self.size)
 
 
 def write_first_asks(kernel: Kernel, readers: Readers, sink: int) -> None:

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from ..ir.plan import AttentionPlan
-from .source import split_tokens
+from . import source
 
 # Logits in front of a row of the scratch: raw values are read in vectors that begin up to seven
 # places early. It is also the widest vector of the softmax.
 PAD = 16
+# Tokens of a split, about: its logits still lie in the second cache, and fewer splits are merged.
+SPLIT_TOKENS = 1024
 # Logits of one item, unless a single head has more: they stay in the caches.
 MOST_LOGITS = 36_864
 
@@ -58,6 +60,11 @@ def item_heads(plan: AttentionPlan) -> int:
     """Return the heads that an item takes at most, a divisor: their logits stay in the caches."""
     most = max(1, MOST_LOGITS // (plan.group * row_stride(plan)))
     return max(d for d in range(1, plan.k.heads + 1) if plan.k.heads % d == 0 and d <= most)
+
+
+def split_tokens(plan: AttentionPlan) -> int:
+    """Return the tokens of a split of attend, see `source.split_tokens`."""
+    return source.split_tokens(plan, SPLIT_TOKENS)
 
 
 def row_stride(plan: AttentionPlan) -> int:

@@ -11,19 +11,22 @@ computed where that stays inside its page; the caller overwrites or masks what i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import gcd
 
 from ..ir.arrangements import QUAD
 from ..ir.integers import most_integer
-from .cpu_dots import EVEN_ODD, Add, Dots, dots_of
+from .cpu_dots import Add, Dots, dots_of
 from .cpu_pages import PageReader
 from .cpu_quads import lanes_of
 from .cpu_regions import Asks
 from .cpu_rows import Rows
-from .cpu_text import Kernel, at, cast, fma, fold, number, pure, rint, splat
+from .cpu_text import Kernel, at, cast, fma, fold, fold_rows, number, pure, rint, row_blocks, splat
 from .machines import Cpu
+
+# Bytes of rounded queries or weights that lie in the first cache beside all else.
+MOST_AT_ONCE = 16_384
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +37,14 @@ class KeyDots:
         reader: of the pages.
         dots: of the machine.
         rows: query rows of a head.
+        heads: with scales of channels, those of an item if the integers of all of them are made
+            before the first product of a page, and 1 if they take turns.
     """
 
     reader: PageReader
     dots: Dots
     rows: int
+    heads: int
 
     @property
     def integers(self) -> str:
@@ -49,6 +55,22 @@ class KeyDots:
     def quads(self) -> int:
         """Quads of a query."""
         return self.reader.width // QUAD
+
+    @property
+    def rounded_rows(self) -> int:
+        """Rows that are rounded before the first product, with scales of channels."""
+        groups = self.reader.layout.tokens // self.reader.format.group_tokens
+        return self.rows * self.heads * groups
+
+    def row(self, rows: Rows, r: int) -> str:
+        """Return the number of row r among those whose integers are there at once.
+
+        With scales of channels these are those of token group g; neighbours stay neighbours.
+        """
+        if not self.reader.per_channel:
+            return rows.of_item(str(r))
+        row = rows.of_item(str(r)) if self.heads > 1 else f"{rows.first} + {r}"
+        return f"(g * {self.rows * self.heads} + {row})"
 
     def segments(self, group: int) -> list[tuple[tuple[int, ...], int, int]]:
         """Return (planes, begin, end) of the quads of a group of channels, in quads of a plane."""
@@ -63,33 +85,34 @@ class KeyDots:
         return [(tuple(planes), *place) for place, planes in found.items()]
 
 
-def key_dots(reader: PageReader, rows: int, cpu: Cpu) -> KeyDots:
-    """Return what the scores of a stream of keys need."""
-    return KeyDots(reader, dots_of(reader.coded(), cpu, lanes_of(cpu)), rows)
+def key_dots(reader: PageReader, rows: int, heads: int, cpu: Cpu) -> KeyDots:
+    """Return what the scores of a stream of keys need, for items of at most so many heads."""
+    dots = dots_of(reader.coded(), cpu, lanes_of(cpu), signed=True)
+    keys = KeyDots(reader, dots, rows, heads)
+    if not reader.per_channel:
+        return keys
+    size = dots.bytes_of(keys.rounded_rows * keys.quads)
+    return keys if size <= MOST_AT_ONCE else replace(keys, heads=1)
 
 
-def score_scratch_int(kernel: Kernel, keys: KeyDots, heads: int) -> None:
+def score_scratch_int(kernel: Kernel, keys: KeyDots) -> None:
     """Declare what the scores of one item need; fill what holds for all of its pages.
 
-    That is the integers of all rows of at most `heads` heads; with scales of channels they are made
-    for one head after another.
+    That is the integers of all rows; with scales of channels they are made for each page.
     """
     reader, width = keys.reader, keys.reader.width
-    rows = keys.rows * (1 if reader.per_channel else heads)
+    rows = keys.rounded_rows if reader.per_channel else keys.rows * keys.heads
     kernel.scratch(keys.integers, rows * width, keys.dots.integers)
     keys.dots.declare(kernel, keys.integers, rows * keys.quads)
     if reader.per_channel:
-        for name, count in (("q_scaled", rows), ("q_scales", 1), ("q_ratios", 1)):
-            kernel.scratch(reader.own(name), count * width)
-        kernel.scratch(reader.own("q_steps"), rows)
-        kernel.scratch(reader.own("q_zeros"), rows)
+        kernel.scratch(reader.own("q_scaled"), keys.rows * width)
+        for name in ("q_steps", "q_zeros"):
+            kernel.scratch(reader.own(name), rows)
         return
     quads = f"item_rows * {keys.quads}"
     with kernel.block(f"for i in T.serial({quads})"):
-        for place in range(QUAD):
-            source = EVEN_ODD[place] if keys.dots.wide_codes else place
-            code = f"q_codes[item_row * {width} + i * {QUAD} + {source}]"
-            kernel.line(f"{keys.integers}[i * {QUAD} + {place}] = {code}")
+        codes = at("q_codes", f"item_row * {width} + i * {QUAD}", QUAD)
+        keys.dots.store_integers(kernel, keys.integers, f"i * {QUAD}", codes, QUAD)
     keys.dots.write_layout(kernel, keys.integers, "T.int64(0)", quads)
     kernel.scratch("q_sums", rows * reader.groups)
     lanes = gcd(8, reader.group)
@@ -120,8 +143,9 @@ def write_page_scores_int(kernel: Kernel, keys: KeyDots, rows: Rows) -> None:
                 _write_dots(kernel, keys, rows, group, side)
                 _write_token_scales(kernel, keys, rows, group, side)
         return
-    with kernel.block(f"for g in T.serial({_steps('k_t1', tokens)})"):
-        _write_rounding(kernel, keys, rows)
+    if keys.heads == 1:
+        write_page_queries_int(kernel, keys, rows)
+    with kernel.block(_each_group(keys)):
         last = f"T.min(k_t1 - g * {tokens}, T.int64({tokens}))"
         with kernel.block(f"for v in T.serial({_steps(last, side * lanes)})"):
             kernel.let("t", f"g * {tokens} + v * {side * lanes}")
@@ -129,12 +153,23 @@ def write_page_scores_int(kernel: Kernel, keys: KeyDots, rows: Rows) -> None:
             _write_dots(kernel, keys, rows, 0, side)
             for r, j in _each(rows, side):
                 step, zero = (
-                    splat(f"{reader.own(name)}[{rows.first} + {r}]", lanes)
+                    splat(f"{reader.own(name)}[{keys.row(rows, r)}]", lanes)
                     for name in ("q_steps", "q_zeros")
                 )
                 value = fma(_sum(keys, r * side + j), step, zero)
                 target = _logits(rows, r, j, lanes)
                 kernel.line(f"{target} = {f'{target} + {value}' if reader.adds else value}")
+
+
+def write_page_queries_int(kernel: Kernel, keys: KeyDots, rows: Rows) -> None:
+    """Round a block of rows for the present page, with scales of channels."""
+    with kernel.block(_each_group(keys)):
+        _write_rounding(kernel, keys, rows)
+
+
+def _each_group(keys: KeyDots) -> str:
+    """Return the head of a loop over the token groups of a page that hold wanted tokens."""
+    return f"for g in T.serial({_steps('k_t1', keys.reader.format.group_tokens)})"
 
 
 def _steps(count: str, size: int) -> str:
@@ -147,7 +182,7 @@ def _each(rows: Rows, side: int) -> list[tuple[int, int]]:
 
 def _sum(keys: KeyDots, i: int) -> str:
     lanes = keys.dots.lanes
-    return cast("float32", at("acc", str(i * lanes), lanes), lanes)
+    return cast("float32", keys.dots.sum(i), lanes)
 
 
 def _logits(rows: Rows, r: int, j: int, lanes: int) -> str:
@@ -171,36 +206,34 @@ def _write_dots(kernel: Kernel, keys: KeyDots, rows: Rows, group: int, side: int
                 place = f"(t + {j * keys.dots.lanes})", f"({begin} + {s}) * {QUAD}"
                 bytes_of = write_quads(kernel, keys.reader, *place, keys.dots.lanes)
                 for i in planes:
-                    quad = f"{i * keys.reader.plane // QUAD + begin} + {s}"
+                    quad = i * keys.reader.plane // QUAD + begin
                     operands = write_plane(kernel, keys.reader, bytes_of, i, keys.dots)
                     _write_products(keys, rows, operands, quad, partial(_at, add, side, j))
 
-        keys.dots.write_sums(kernel, rows.count * side, end - begin, len(planes), step)
+        count, steps = rows.count * side, end - begin
+        keys.dots.write_sums(kernel, keys.integers, count, steps, len(planes), step, side)
 
 
-def _at(add: Add, side: int, j: int, r: int, codes: str, word: str) -> None:
+def _at(add: Add, side: int, j: int, r: int, half: int, codes: str, first: str) -> None:
     """Add to the sum of row r and vector j."""
-    add(r * side + j, codes, word)
+    add(r * side + j, half, codes, first)
 
 
-def _write_products(keys: KeyDots, rows: Rows, operands: list[str], quad: str, add: Add) -> None:
+def _write_products(keys: KeyDots, rows: Rows, operands: list[str], quad: int, add: Add) -> None:
     """Add the products of operands with a quad of each row to its sum."""
-    dots = keys.dots
     for half, operand in enumerate(operands):
         for r in range(rows.count):
-            row = f"({rows.first} + {r})" if keys.reader.per_channel else rows.of_item(str(r))
-            place = f"({row} * {keys.quads} + {quad}) * {dots.words} + {half}"
-            add(r, operand, dots.word(keys.integers, place))
+            add(r, half, operand, f"{keys.row(rows, r)} * {keys.quads} + {quad}")
 
 
-def inverse_of(largest: str, most: int) -> str:
-    """Return the factor that makes integers of numbers up to `largest`.
+def inverse_of(largest: str, most: int, lanes: int) -> str:
+    """Return the factors that make integers of numbers up to `largest`.
 
-    It is 0 where all of them are so small that it would be infinite: none of them counts.
+    One is 0 where all numbers are so small that it would be infinite: none of them counts.
     """
-    enough = f"{largest} > {number(2.0**-100)}"
-    quotient = f"{number(float(most))} / T.Select({enough}, {largest}, {number(1.0)})"
-    return f"T.Select({enough}, {quotient}, {number(0.0)})"
+    enough, one = f"{largest} > {number(2.0**-100, lanes)}", number(1.0, lanes)
+    quotient = f"{number(float(most), lanes)} / T.Select({enough}, {largest}, {one})"
+    return f"T.Select({enough}, {quotient}, {number(0.0, lanes)})"
 
 
 def write_quads(
@@ -216,11 +249,18 @@ def write_quads(
 
 
 def write_plane(
-    kernel: Kernel, reader: PageReader, bytes_of: Mapping[tuple[str, int], str], i: int, dots: Dots
+    kernel: Kernel,
+    reader: PageReader,
+    bytes_of: Mapping[tuple[str, int], str],
+    i: int,
+    dots: Dots,
+    *,
+    in_place: bool = False,
 ) -> list[str]:
     """Bind the codes of plane i of the bound quads; return what to multiply, by word."""
     lanes = QUAD * dots.lanes
-    codes = kernel.fresh("codes", reader.plane_codes(i, lambda *x: bytes_of[x], lanes))
+    text = reader.plane_codes(i, lambda *x: bytes_of[x], lanes, in_place=in_place)
+    codes = kernel.fresh("codes", text)
     return [kernel.fresh("half", operand) for operand in dots.operands(codes)]
 
 
@@ -244,36 +284,53 @@ def _write_rounding(kernel: Kernel, keys: KeyDots, rows: Rows) -> None:
     """Fill the integers of q times the scales of token group g, their steps and zero points."""
     reader, width, own = keys.reader, keys.reader.width, keys.reader.own
     lanes = gcd(keys.dots.lanes, width)
-    most = most_integer(keys.dots.bits)
-    kernel.scratch("most", lanes)
+    for name in ("most", "total"):
+        kernel.scratch(name, rows.count * lanes)
+    for name in ("largest", "inverse", "step"):
+        kernel.scratch(name, rows.count + 4)
+    for r in range(rows.count):
+        for name in ("most", "total"):
+            kernel.line(f"{at(name, str(r * lanes), lanes)} = {number(0.0, lanes)}")
     with kernel.block(f"for j in T.unroll({width // lanes})"):
         kernel.let("scale", reader.scale("g", f"j * {lanes}", lanes))
-        kernel.line(f"{at(own('q_scales'), f'j * {lanes}', lanes)} = scale")
-        ratio = reader.zero_by_scale("g", f"j * {lanes}", lanes, "scale")
-        kernel.line(f"{at(own('q_ratios'), f'j * {lanes}', lanes)} = {ratio}")
-    with kernel.block(f"for r in T.serial({rows.first}, {rows.first} + {rows.count})"):
-        kernel.line(f"{at('most', '0', lanes)} = {number(0.0, lanes)}")
-        with kernel.block(f"for j in T.unroll({width // lanes})"):
-            scale = at(own("q_scales"), f"j * {lanes}", lanes)
-            place = f"q_base + r * {rows.channels} + {reader.channel(f'j * {lanes}')}"
-            query = at("query", place, lanes)
-            kernel.let("u", f"{query} * {scale}")
-            kernel.line(f"{at(own('q_scaled'), f'r * {width} + j * {lanes}', lanes)} = u")
-            size = pure("llvm.fabs", "float32", lanes, "u")
-            kernel.line(f"{at('most', '0', lanes)} = T.max({at('most', '0', lanes)}, {size})")
-        fold(kernel, "most", lanes, "T.max({}, {})")
-        kernel.let("largest", "most[0]")
-        kernel.let("inverse", inverse_of("largest", most))
-        kernel.line(f"{own('q_steps')}[r] = largest / {number(float(most))}")
-        kernel.line(f"{at('most', '0', lanes)} = {number(0.0, lanes)}")
-        with kernel.block(f"for j in T.unroll({width // lanes})"):
-            u = at(own("q_scaled"), f"r * {width} + j * {lanes}", lanes)
-            kernel.let("n", rint(f"{u} * {splat('inverse', lanes)}", lanes))
-            ratio = at(own("q_ratios"), f"j * {lanes}", lanes)
-            kernel.line(f"{at('most', '0', lanes)} = {fma('n', ratio, at('most', '0', lanes))}")
-            keys.dots.store(kernel, keys.integers, f"r * {width} + j * {lanes}", "n", lanes)
-        fold(kernel, "most", lanes, "({} + {})")
-        kernel.line(f"{own('q_zeros')}[r] = most[0] * {own('q_steps')}[r]")
-    keys.dots.write_layout(
-        kernel, keys.integers, f"{rows.first} * {keys.quads}", f"T.int64({rows.count * keys.quads})"
+        for r in range(rows.count):
+            query = at("query", rows.query(str(r), reader.channel(f"j * {lanes}")), lanes)
+            u = kernel.fresh("u", f"{query} * scale")
+            kernel.line(f"{at(own('q_scaled'), f'{r * width} + j * {lanes}', lanes)} = {u}")
+            most = at("most", str(r * lanes), lanes)
+            kernel.line(f"{most} = T.max({most}, {pure('llvm.fabs', 'float32', lanes, u)})")
+    for first, count in row_blocks(rows.count):
+        _write_steps(kernel, keys, rows, lanes, first, count)
+    with kernel.block(f"for j in T.unroll({width // lanes})"):
+        kernel.let("scale", reader.scale("g", f"j * {lanes}", lanes))
+        kernel.let("ratio", reader.zero_by_scale("g", f"j * {lanes}", lanes, "scale"))
+        for r in range(rows.count):
+            u = at(own("q_scaled"), f"{r * width} + j * {lanes}", lanes)
+            n = kernel.fresh("n", rint(f"{u} * {splat(f'inverse[{r}]', lanes)}", lanes))
+            total = at("total", str(r * lanes), lanes)
+            kernel.line(f"{total} = {fma(n, 'ratio', total)}")
+            place = f"{keys.row(rows, r)} * {width} + j * {lanes}"
+            keys.dots.store(kernel, keys.integers, place, n, lanes)
+    for first, count in row_blocks(rows.count):
+        totals = [at("total", str((first + i) * lanes), lanes) for i in range(count)]
+        fold_rows(kernel, totals, lanes, "({} + {})", "largest", first)
+        total, step = (at(name, str(first), count) for name in ("largest", "step"))
+        kernel.line(f"{at(own('q_zeros'), keys.row(rows, first), count)} = {total} * {step}")
+    place = f"{keys.row(rows, 0)} * {keys.quads}"
+    keys.dots.write_layout(kernel, keys.integers, place, f"T.int64({rows.count * keys.quads})")
+
+
+def _write_steps(
+    kernel: Kernel, keys: KeyDots, rows: Rows, lanes: int, first: int, count: int
+) -> None:
+    """Write steps of some rows, and their inverses, from the largest numbers by lanes."""
+    n = most_integer(keys.dots.bits)
+    most = [at("most", str((first + i) * lanes), lanes) for i in range(count)]
+    fold_rows(kernel, most, lanes, "T.max({}, {})", "largest", first)
+    largest, inverse, step = (
+        at(name, str(first), count) for name in ("largest", "inverse", "step")
     )
+    kernel.line(f"{inverse} = {inverse_of(largest, n, count)}")
+    kernel.line(f"{step} = {largest} / {number(float(n), count)}")
+    steps = at(keys.reader.own("q_steps"), keys.row(rows, first), count)
+    kernel.line(f"{steps} = {step}")

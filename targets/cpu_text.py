@@ -135,6 +135,59 @@ def fold(kernel: Kernel, name: str, lanes: int, combine: str, first: int = 0) ->
         half //= 2
 
 
+def fold_rows(
+    kernel: Kernel, vectors: list[str], lanes: int, combine: str, out: str, first: int = 0
+) -> None:
+    """Write vector r combined over its lanes to `out[first + r]`.
+
+    Neighbours of two vectors are woven into one, and those of two such, so that what is left of all
+    of them is folded at once.
+
+    Args:
+        kernel: where to write.
+        vectors: 1, 2 or 4 texts, f32.
+        lanes: of each; a power of two, at least 4.
+        combine: what to do with two numbers, associative.
+        out: scratch of at least `first` + 4 elements.
+        first: see above.
+    """
+    count, unit, left = len(vectors), 1, lanes
+    names = [kernel.fresh("fold", vector) for vector in vectors]
+    while len(names) > 1:
+        pairs = zip(names[::2], names[1::2], strict=True)
+        names = [kernel.fresh("fold", combine.format(*_woven(*two, lanes, unit))) for two in pairs]
+        unit *= 2
+    while left > 4:
+        left //= 2
+        halves = (f'T.vector{side}("float32x{left}", {names[0]})' for side in ("low", "high"))
+        names = [kernel.fresh("fold", combine.format(*halves))]
+    kernel.line(f"{at(out, str(first), 4)} = {names[0]}")
+    while left > count:
+        left //= 2
+        low, high = at(out, str(first), left), at(out, str(first + left), left)
+        kernel.line(f"{low} = {combine.format(low, high)}")
+
+
+def _woven(a: str, b: str, lanes: int, unit: int) -> list[str]:
+    """Return the lower and the upper pieces of four lanes of a and b, `unit` lanes of each in turn.
+
+    These are the shuffles within 16 bytes that machines have: unpcklps, zip1 and so on.
+    """
+    order = (0, lanes, 1, lanes + 1) if unit == 1 else (0, 1, lanes, lanes + 1)
+    pieces = ([4 * k + upper + i for k in range(lanes // 4) for i in order] for upper in (0, 2))
+    return [f"T.Shuffle([{a}, {b}], {piece})" for piece in pieces]
+
+
+def row_blocks(count: int) -> list[tuple[int, int]]:
+    """Return (first, size) of blocks of rows that `fold_rows` takes."""
+    found, first = [], 0
+    for size in (4, 2, 1):
+        while count - first >= size:
+            found.append((first, size))
+            first += size
+    return found
+
+
 def horizontal(kernel: Kernel, accumulators: list[tuple[str, str]], lanes: int, out: str) -> None:
     """Write the sum over lanes of accumulator i to `out[i]`; `out` holds a multiple of 4.
 

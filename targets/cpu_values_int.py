@@ -11,7 +11,9 @@ that lies past the end gets into a sum. What is rounded: `ir/integers.py`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
+from math import gcd
 
 from ..ir.arrangements import QUAD
 from ..ir.integers import BLOCK, most_integer
@@ -20,9 +22,25 @@ from .cpu_pages import PageReader
 from .cpu_quads import lanes_of, value_lanes
 from .cpu_regions import Asks
 from .cpu_rows import Rows
-from .cpu_scores_int import inverse_of, write_plane, write_quads
-from .cpu_text import Kernel, at, cast, fma, fold, number, rint, splat
+from .cpu_scores_int import MOST_AT_ONCE, inverse_of, write_plane, write_quads
+from .cpu_text import (
+    Kernel,
+    at,
+    bits_as,
+    cast,
+    fma,
+    fold,
+    fold_rows,
+    number,
+    rint,
+    row_blocks,
+    splat,
+)
 from .machines import Cpu
+
+# Outputs that stay in registers from block to block, beside as many sums; more are read and written
+# for each block, which is done for all channels before the next one begins.
+MOST_OUTPUTS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +52,15 @@ class ValueDots:
         dots: of the machine, in lanes of channels.
         lanes: tokens at once where weights are rounded.
         rows: query rows of a head.
+        heads: those of an item if weights of all of them are rounded before the first product of a
+            page, and 1 if they take turns.
     """
 
     reader: PageReader
     dots: Dots
     lanes: int
     rows: int
+    heads: int
 
     @property
     def integers(self) -> str:
@@ -53,7 +74,10 @@ class ValueDots:
 
     @property
     def zeros(self) -> str:
-        """Name of the sums of zero points."""
+        """Name of the sums of rounded weights times zero points, or with scales of channels alone.
+
+        Those times zero points are kept by lanes for all pages of an item.
+        """
         return self.reader.own("w_zeros")
 
     @property
@@ -66,80 +90,200 @@ class ValueDots:
         """Blocks of weights of a page."""
         return self.reader.layout.tokens // BLOCK
 
+    @property
+    def in_place(self) -> bool:
+        """Whether codes are multiplied where they lie, and steps make up for it."""
+        return self.dots.in_place and (
+            self.groups == 1 or self.reader.plane % self.reader.group == 0
+        )
+
+    @property
+    def copies(self) -> int:
+        """Steps of a row, a block and a group: one for each plane, if codes lie differently."""
+        return self.reader.planes if self.in_place and self.groups == 1 else 1
+
+    @property
+    def integers_at_once(self) -> int:
+        """Integers of a page."""
+        return self.rows * self.heads * self.groups * self.blocks * BLOCK
+
+    def row(self, rows: Rows, r: int) -> str:
+        """Return the number of row r among those whose weights are there at once."""
+        return rows.of_item(str(r)) if self.heads > 1 else f"({rows.first} + {r})"
+
     def planes_at_once(self, rows: int) -> int:
         """Return the planes of channels that are summed together."""
         return max(1, min(self.reader.planes, self.dots.most_sums // rows))
 
+    def side(self, rows: int) -> int:
+        """Return the vectors of channels in each plane that are summed together.
 
-def value_dots(reader: PageReader, rows: int, cpu: Cpu) -> ValueDots:
-    """Return what the values of a stream need."""
+        Products of few rows and planes would wait for each other; eight sums do not. Codes of 8
+        bits have two words each, and the words of more vectors would fill the registers.
+        """
+        most = 0 if self.dots.wide_codes else min(MOST_OUTPUTS, self.dots.most_sums)
+        size, vectors = rows * self.planes_at_once(rows), self.reader.plane // self.dots.lanes
+        return next(s for s in (4, 2, 1) if vectors % s == 0 and (s == 1 or s * size <= most))
+
+
+@dataclass(frozen=True, slots=True)
+class Sum:
+    """One of the sums at once: of which row, and of which vector of channels in which plane."""
+
+    row: int
+    plane: int
+    vector: int
+
+
+def value_dots(reader: PageReader, rows: int, heads: int, cpu: Cpu) -> ValueDots:
+    """Return what the values of a stream need, for items of at most so many heads."""
     lanes = value_lanes(reader.coded(), reader.width, cpu)
-    return ValueDots(reader, dots_of(reader.coded(), cpu, lanes), lanes_of(cpu), rows)
+    dots = dots_of(reader.coded(), cpu, lanes, signed=False)
+    values = ValueDots(reader, dots, lanes_of(cpu), rows, heads)
+    size = dots.bytes_of(values.integers_at_once // QUAD)
+    return values if size <= MOST_AT_ONCE else replace(values, heads=1)
 
 
-def value_scratch_int(kernel: Kernel, values: ValueDots) -> None:
-    """Declare what the values of one head need for a page; heads take turns."""
-    rows, groups, blocks = values.rows, values.groups, values.blocks
-    kernel.scratch(values.integers, rows * groups * blocks * BLOCK, values.dots.integers)
-    values.dots.declare(kernel, values.integers, rows * groups * blocks * BLOCK // QUAD)
-    kernel.scratch(values.steps, rows * groups * blocks)
-    # Sums of a page's rounded weights times zero points; with scales of channels, of the weights.
-    kernel.scratch(values.zeros, rows * (blocks if values.reader.per_channel else groups))
+def value_scratch_int(kernel: Kernel, values: ValueDots, heads: int) -> None:
+    """Declare what the values of an item of at most so many heads need."""
+    lanes, groups = values.lanes, values.groups
+    blocks = values.rows * values.heads * groups * values.blocks
+    kernel.scratch(values.integers, values.integers_at_once, values.dots.integers)
+    values.dots.declare(kernel, values.integers, values.integers_at_once // QUAD)
+    kernel.scratch(values.steps, blocks * values.copies)
+    if values.reader.per_channel:
+        kernel.scratch(values.zeros, blocks)
+        return
+    kernel.scratch(values.zeros, heads * values.rows * groups * lanes)
+    with kernel.block(f"for i in T.serial(item_rows * T.int64({groups}))"):
+        kernel.line(f"{at(values.zeros, f'i * {lanes}', lanes)} = {number(0.0, lanes)}")
+
+
+def write_value_zeros(kernel: Kernel, values: ValueDots) -> None:
+    """Add to the outputs of an item what its zero points make, after the last page."""
+    reader, lanes = values.reader, values.lanes
+    if reader.per_channel:
+        return
+    at_once, width = gcd(lanes, reader.group), reader.layout.channels
+    name = reader.own("zero_sum")
+    kernel.scratch(name, lanes)
+    with kernel.block(f"for i in T.serial(item_rows * T.int64({values.groups}))"):
+        kernel.line(f"{at(name, '0', lanes)} = {at(values.zeros, f'i * {lanes}', lanes)}")
+        fold(kernel, name, lanes, "({} + {})")
+        kernel.let("row", f"item_part + T.truncdiv(i, T.int64({values.groups}))")
+        kernel.let("group", f"T.truncmod(i, T.int64({values.groups}))")
+        with kernel.block(f"for j in T.serial(T.int64({reader.group // at_once}))"):
+            channel = reader.channel(f"group * {reader.group} + j * {at_once}")
+            target = at("part_out", f"row * {width} + {channel}", at_once)
+            kernel.line(f"{target} = {target} + {splat(f'{name}[0]', at_once)}")
+
+
+def write_page_weights_int(kernel: Kernel, values: ValueDots, rows: Rows) -> None:
+    """Round the weights of the present page for a block of rows."""
+    with kernel.block(f"for group in T.serial(T.int64({values.groups}))"):
+        # Most pages are wanted whole: then there is nothing to mask.
+        with kernel.block(f"if v_t1 - v_t0 == {values.reader.layout.tokens}"):
+            with kernel.block(_each_block()):
+                _write_rounding(kernel, values, rows, whole=True)
+        with kernel.block("else"), kernel.block(_each_block()):
+            _write_rounding(kernel, values, rows, whole=False)
 
 
 def write_page_values_int(kernel: Kernel, values: ValueDots, rows: Rows) -> None:
     """Add the values of the present page to a block of rows."""
     reader = values.reader
-    shift = f"T.int64({BLOCK.bit_length() - 1})"
-    first = kernel.fresh("first_block", f"T.shift_right(v_t0, {shift})")
-    last = kernel.fresh("last_block", f"T.max({first}, T.shift_right(v_t1 + {BLOCK - 1}, {shift}))")
-    loop = f"for block in T.serial({first}, {last})"
-    with kernel.block(f"for group in T.serial(T.int64({values.groups}))"):
-        if not reader.per_channel:
-            for r in range(rows.count):
-                kernel.line(f"{values.zeros}[{_zero(values, rows, r, 'group')}] = {number(0.0)}")
-        # Most pages are wanted whole: then there is nothing to mask.
-        with kernel.block(f"if v_t1 - v_t0 == {reader.layout.tokens}"), kernel.block(loop):
-            _write_rounding(kernel, values, rows, whole=True)
-        with kernel.block("else"), kernel.block(loop):
-            _write_rounding(kernel, values, rows, whole=False)
+    if values.heads == 1:
+        write_page_weights_int(kernel, values, rows)
     most = values.planes_at_once(rows.count)
     for plane in range(0, reader.planes, most):
         planes = range(plane, min(plane + most, reader.planes))
-        with kernel.block(f"for u in T.serial(T.int64({reader.plane // values.dots.lanes}))"):
-            _write_chunk(kernel, values, rows, planes, loop)
+        side = values.side(rows.count)
+        tiles = reader.plane // values.dots.lanes // side
+        each_place = f"for u in T.serial(T.int64({tiles}))"
+        sums = [Sum(r, i, j) for i in planes for j in range(side) for r in range(rows.count)]
+        if len(sums) > MOST_OUTPUTS:
+            with kernel.block(_each_block()), kernel.block(each_place):
+                outputs = [_output(values, rows, own) for own in sums]
+                _write_tile(kernel, values, rows, sums, outputs, f"(block * {tiles} + u)")
+            continue
+        with kernel.block(each_place):
+            lanes = values.dots.lanes
+            kept = [at("out", str(n * lanes), lanes) for n in range(len(sums))]
+            kernel.scratch("out", len(sums) * lanes)
+            for own, out in zip(sums, kept, strict=True):
+                kernel.line(f"{out} = {_output(values, rows, own)}")
+            with kernel.block(_each_block()):
+                _write_tile(kernel, values, rows, sums, kept, f"(u * {values.blocks} + block)")
+            for own, out in zip(sums, kept, strict=True):
+                kernel.line(f"{_output(values, rows, own)} = {out}")
+
+
+def _each_block() -> str:
+    """Return the head of a loop over the blocks of the present page that hold wanted tokens."""
+    shift = BLOCK.bit_length() - 1
+    first = f"T.shift_right(v_t0, T.int64({shift}))"
+    last = f"T.shift_right(v_t1 + {BLOCK - 1}, T.int64({shift}))"
+    return f"for block in T.serial({first}, T.max({first}, {last}))"
 
 
 def _write_rounding(kernel: Kernel, values: ValueDots, rows: Rows, *, whole: bool) -> None:
     """Fill integers, steps and zero sums of a block of tokens, some unwanted if not `whole`."""
-    lanes, reader = values.lanes, values.reader
-    most = most_integer(values.dots.bits)
+    lanes = values.lanes
     kernel.scratch("w", rows.count * BLOCK)
-    for r in range(rows.count):
-        kernel.scratch(f"most{r}", lanes)
-        kernel.line(f"{at(f'most{r}', '0', lanes)} = {number(0.0, lanes)}")
+    for name in ("most", "total"):
+        kernel.scratch(name, rows.count * lanes)
+    for name in ("largest", "inverse", "step"):
+        kernel.scratch(name, rows.count + 4)
     if not whole:
         for name, edge in (("place0", "v_t0"), ("place1", "v_t1")):
             kernel.let(name, splat(f'T.Cast("int32", {edge})', lanes))
-    with kernel.block(f"for i in T.unroll({BLOCK // lanes})"):
-        _write_place(kernel, lanes, whole=whole)
-        if not reader.per_channel:
-            kernel.let("scale", reader.scale("t", "group", lanes))
-        for r in range(rows.count):
-            p = at("logits", rows.logit(str(r), "v_pos + t"), lanes)
-            weight = p if reader.per_channel else f"({p} * scale)"
-            wanted = kernel.fresh("weight", _inside(weight, number(0.0, lanes), whole=whole))
-            kernel.line(f"{at('w', f'{r * BLOCK} + i * {lanes}', lanes)} = {wanted}")
-            largest = at(f"most{r}", "0", lanes)
-            kernel.line(f"{largest} = T.max({largest}, {wanted})")
-    for r in range(rows.count):
-        fold(kernel, f"most{r}", lanes, "T.max({}, {})")
-        kernel.let(f"largest{r}", f"most{r}[0]")
-        kernel.let(f"inverse{r}", inverse_of(f"largest{r}", most))
-        step = f"largest{r} * {number(1.0 / most)}"
-        kernel.line(f"{values.steps}[{_step(values, rows, r, 'group')}] = {step}")
-        kernel.line(f"{at(f'most{r}', '0', lanes)} = {number(0.0, lanes)}")
+    for loop in ("T.unroll(1)", f"T.unroll(1, {BLOCK // lanes})"):
+        with kernel.block(f"for i in {loop}"):
+            _write_weights(kernel, values, rows, first=loop == "T.unroll(1)", whole=whole)
+    for first, count in row_blocks(rows.count):
+        own = [at("most", str((first + i) * lanes), lanes) for i in range(count)]
+        fold_rows(kernel, own, lanes, "T.max({}, {})", "largest", first)
+        _write_steps(kernel, values, rows, first, count)
     _write_integers(kernel, values, rows, whole=whole)
+    _write_zero_sums(kernel, values, rows)
+    for r in range(rows.count):
+        place = f"T.truncdiv({_first_integer(values, rows, r, 'group')}, {QUAD})"
+        values.dots.write_layout(kernel, values.integers, place, f"T.int64({BLOCK // QUAD})")
+
+
+def _write_steps(kernel: Kernel, values: ValueDots, rows: Rows, first: int, count: int) -> None:
+    """Write steps of some rows of the block, and their inverses, from what is largest."""
+    most, bits = most_integer(values.dots.bits), values.dots.bits
+    largest, inverse, step = (
+        at(name, str(first), count) for name in ("largest", "inverse", "step")
+    )
+    kernel.line(f"{step} = {largest} * {number(1.0 / most, count)}")
+    kernel.line(f"{inverse} = {inverse_of(largest, most, count)}")
+    for i in range(values.copies):
+        power = number(2.0 ** -(bits * i), count)
+        if values.in_place and values.groups > 1:
+            plane = f"T.truncdiv(group, T.int64({values.reader.plane // values.reader.group}))"
+            exponent = f'T.Cast("int32", 127 - {plane} * {bits})'
+            power = splat(bits_as("float32", f"T.shift_left({exponent}, T.int32(23))", 1), count)
+        target = at(values.steps, _step(values, rows, first, "group", i), count)
+        kernel.line(f"{target} = {step} * {power}" if values.in_place else f"{target} = {step}")
+
+
+def _write_weights(
+    kernel: Kernel, values: ValueDots, rows: Rows, *, first: bool, whole: bool
+) -> None:
+    """Write vector i of the block of weights to `w`, and the largest by lanes to `most`."""
+    lanes, reader = values.lanes, values.reader
+    _write_place(kernel, lanes, whole=whole)
+    if not reader.per_channel:
+        kernel.let("scale", reader.scale("t", "group", lanes))
+    for r in range(rows.count):
+        p = at("logits", rows.logit(str(r), "v_pos + t"), lanes)
+        weight = p if reader.per_channel else f"({p} * scale)"
+        wanted = kernel.fresh("weight", _inside(weight, number(0.0, lanes), whole=whole))
+        kernel.line(f"{at('w', f'{r * BLOCK} + i * {lanes}', lanes)} = {wanted}")
+        largest = at("most", str(r * lanes), lanes)
+        kernel.line(f"{largest} = {wanted if first else f'T.max({largest}, {wanted})'}")
 
 
 def _write_place(kernel: Kernel, lanes: int, *, whole: bool) -> None:
@@ -150,8 +294,10 @@ def _write_place(kernel: Kernel, lanes: int, *, whole: bool) -> None:
 
 
 def _write_integers(kernel: Kernel, values: ValueDots, rows: Rows, *, whole: bool) -> None:
-    """Round the block of weights `w`, lay it out, and keep its sums with zero points."""
+    """Round the block of weights `w`; sum it times zero points to `total`, by lanes."""
     lanes, reader = values.lanes, values.reader
+    for r in range(rows.count):
+        kernel.line(f"{at('total', str(r * lanes), lanes)} = {number(0.0, lanes)}")
     with kernel.block(f"for i in T.unroll({BLOCK // lanes})"):
         _write_place(kernel, lanes, whole=whole)
         ratio = number(1.0, lanes)
@@ -161,18 +307,28 @@ def _write_integers(kernel: Kernel, values: ValueDots, rows: Rows, *, whole: boo
         kernel.let("zero", _inside(ratio, number(0.0, lanes), whole=whole))
         for r in range(rows.count):
             weight = at("w", f"{r * BLOCK} + i * {lanes}", lanes)
-            n = kernel.fresh("n", rint(f"{weight} * {splat(f'inverse{r}', lanes)}", lanes))
-            total = at(f"most{r}", "0", lanes)
+            n = kernel.fresh("n", rint(f"{weight} * {splat(f'inverse[{r}]', lanes)}", lanes))
+            total = at("total", str(r * lanes), lanes)
             kernel.line(f"{total} = {fma(n, 'zero', total)}")
-            place = f"{_first_integer(values, rows, r)} + i * {lanes}"
+            place = f"{_first_integer(values, rows, r, 'group')} + i * {lanes}"
             values.dots.store(kernel, values.integers, place, n, lanes)
+
+
+def _write_zero_sums(kernel: Kernel, values: ValueDots, rows: Rows) -> None:
+    """Keep the sums `total` of the block, scaled."""
+    lanes = values.lanes
+    if values.reader.per_channel:
+        for first, count in row_blocks(rows.count):
+            own = [at("total", str((first + i) * lanes), lanes) for i in range(count)]
+            fold_rows(kernel, own, lanes, "({} + {})", "largest", first)
+            zeros = at(values.zeros, _zero(values, rows, first), count)
+            total, step = (at(name, str(first), count) for name in ("largest", "step"))
+            kernel.line(f"{zeros} = {total} * {step}")
+        return
     for r in range(rows.count):
-        fold(kernel, f"most{r}", lanes, "({} + {})")
-        zeros = f"{values.zeros}[{_zero(values, rows, r, 'group')}]"
-        total = f"most{r}[0] * {values.steps}[{_step(values, rows, r, 'group')}]"
-        kernel.line(f"{zeros} = {total if reader.per_channel else f'{zeros} + {total}'}")
-        first = f"T.truncdiv({_first_integer(values, rows, r)}, {QUAD})"
-        values.dots.write_layout(kernel, values.integers, first, f"T.int64({BLOCK // QUAD})")
+        place = f"({rows.of_item(str(r))} * {values.groups} + group) * {lanes}"
+        zeros, total = at(values.zeros, place, lanes), at("total", str(r * lanes), lanes)
+        kernel.line(f"{zeros} = {fma(total, splat(f'step[{r}]', lanes), zeros)}")
 
 
 def _inside(value: str, other: str, *, whole: bool) -> str:
@@ -182,93 +338,126 @@ def _inside(value: str, other: str, *, whole: bool) -> str:
     return f"T.Select(place >= place0, T.Select(place < place1, {value}, {other}), {other})"
 
 
-def _step(values: ValueDots, rows: Rows, r: int, group: str) -> str:
-    """Return where the step of the present block is, for a row and a group."""
-    return f"(({rows.first} + {r}) * {values.groups} + {group}) * {values.blocks} + block"
+def _step(values: ValueDots, rows: Rows, r: int, group: str, i: int) -> str:
+    """Return where the step of the present block is, for a group, plane and row; rows are last."""
+    copy = i if values.copies > 1 else 0
+    place = f"({group} * {values.blocks} + block) * {values.copies} + {copy}"
+    return f"({place}) * {values.rows * values.heads} + {values.row(rows, r)}"
 
 
-def _zero(values: ValueDots, rows: Rows, r: int, group: str) -> str:
-    """Return where the zero points' sum of a row and a group is, or of the present block."""
-    if values.reader.per_channel:
-        return _step(values, rows, r, group)
-    return f"({rows.first} + {r}) * {values.groups} + {group}"
+def _zero(values: ValueDots, rows: Rows, r: int) -> str:
+    """Return where the sum of the present block's rounded weights is; rows are last."""
+    return f"block * {values.rows * values.heads} + {values.row(rows, r)}"
 
 
-def _first_integer(values: ValueDots, rows: Rows, r: int) -> str:
-    return f"({_step(values, rows, r, 'group')}) * {BLOCK}"
+def _first_integer(values: ValueDots, rows: Rows, r: int, group: str) -> str:
+    """Return where the integers of the present block are, for a row and a group."""
+    place = f"({values.row(rows, r)} * {values.groups} + {group}) * {values.blocks} + block"
+    return f"({place}) * {BLOCK}"
 
 
-def _write_chunk(kernel: Kernel, values: ValueDots, rows: Rows, planes: range, loop: str) -> None:
-    """Add the page to the outputs of the channels at place u of some planes."""
-    reader, dots, lanes = values.reader, values.dots, values.dots.lanes
-    sums = [(k * rows.count + r, r, i) for k, i in enumerate(planes) for r in range(rows.count)]
-    kernel.scratch("out", len(sums) * lanes)
-    for i in planes:
-        kernel.let(f"group{i}", _group(values, i))
-    for n, r, i in sums:
-        start = _target(values, rows, r, i)
-        if not reader.per_channel:
-            zeros = splat(f"{values.zeros}[{_zero(values, rows, r, f'group{i}')}]", lanes)
-            start = f"{start} + {zeros}"
-        kernel.line(f"{at('out', str(n * lanes), lanes)} = {start}")
-    asks = Asks(reader, reader.plane // lanes * values.blocks, BLOCK // QUAD)
+def _write_tile(
+    kernel: Kernel, values: ValueDots, rows: Rows, sums: list[Sum], outputs: list[str], tile: str
+) -> None:
+    """Add a block to outputs.
+
+    Args:
+        kernel: where to write.
+        values: of what.
+        rows: of the outputs.
+        sums: what is summed, the rows of one vector one after another.
+        outputs: where each of the sums goes.
+        tile: text of the number of this block and place among all.
+    """
+    reader, dots, side = values.reader, values.dots, values.side(rows.count)
+    planes = sorted({own.plane for own in sums})
+    for i, j in product(planes, range(side)):
+        kernel.let(f"group{i}_{j}", _group(values, i, j, side))
+    tiles = reader.plane // dots.lanes // side
+    asks = Asks(reader, tiles * values.blocks, BLOCK // QUAD)
     first_time = 0 in planes and rows.first == "0"
-    tile = f"(u * {values.blocks} + block)"
-    with kernel.block(loop):
+    if first_time:
+        asks.write_tile(kernel, tile)
+    dots.declare_sums(kernel, len(sums))
+    dots.write_zeros(kernel, len(sums))
+
+    def step(s: str, add: Add) -> None:
         if first_time:
-            asks.write_tile(kernel, tile)
-        dots.declare_sums(kernel, len(sums))
-        dots.write_zeros(kernel, len(sums))
+            asks.write_step(kernel, tile, s)
+        row = f"(block * {BLOCK} + {s} * {QUAD})"
+        operands = {}
+        for j in range(side):
+            bytes_of = write_quads(kernel, reader, row, _place(values, j, side), dots.lanes)
+            for i in planes:
+                operands[i, j] = write_plane(
+                    kernel, reader, bytes_of, i, dots, in_place=values.in_place
+                )
+        for n, own in enumerate(sums):
+            group = f"group{own.plane}_{own.vector}"
+            first = f"T.truncdiv({_first_integer(values, rows, own.row, group)}, {QUAD})"
+            for half, operand in enumerate(operands[own.plane, own.vector]):
+                add(n, half, operand, first)
 
-        def step(s: str, add: Add) -> None:
-            if first_time:
-                asks.write_step(kernel, tile, s)
-            row = f"(block * {BLOCK} + {s} * {QUAD})"
-            bytes_of = write_quads(kernel, reader, row, f"u * {lanes}", lanes)
-            operands = {i: write_plane(kernel, reader, bytes_of, i, dots) for i in planes}
-            for n, r, i in sums:
-                first = f"({_step(values, rows, r, f'group{i}')}) * {BLOCK // QUAD}"
-                for half, operand in enumerate(operands[i]):
-                    word = f"({first} + {s}) * {dots.words} + {half}"
-                    add(n, operand, dots.word(values.integers, word))
-
-        dots.write_sums(kernel, len(sums), BLOCK // QUAD, 1, step)
-        for k, i in enumerate(planes):
-            _write_scaled(kernel, values, rows, i, k * rows.count)
-    for n, r, i in sums:
-        kernel.line(f"{_target(values, rows, r, i)} = {at('out', str(n * lanes), lanes)}")
+    dots.write_sums(kernel, values.integers, len(sums), BLOCK // QUAD, 1, step)
+    for first in range(0, len(sums), rows.count):
+        own = outputs[first : first + rows.count]
+        _write_scaled(kernel, values, rows, sums[first], first, own)
 
 
-def _group(values: ValueDots, i: int) -> str:
-    """Return the group of scales of the channels at place u of plane i."""
+def _output(values: ValueDots, rows: Rows, own: Sum) -> str:
+    """Return the outputs that a sum is added to."""
+    place = _channel(values, own, values.side(rows.count))
+    row = f"o_base + ({rows.first} + {own.row}) * {rows.channels}"
+    return at("part_out", f"{row} + {values.reader.channel(place)}", values.dots.lanes)
+
+
+def _channel(values: ValueDots, own: Sum, side: int) -> str:
+    """Return the first channel of a sum."""
+    return f"{own.plane * values.reader.plane} + {_place(values, own.vector, side)}"
+
+
+def _place(values: ValueDots, j: int, side: int) -> str:
+    """Return the first channel in its plane of vector j of those at once."""
+    lanes = values.dots.lanes
+    return f"u * {lanes}" if side == 1 else f"(u * {side * lanes} + {j * lanes})"
+
+
+def _group(values: ValueDots, i: int, j: int, side: int) -> str:
+    """Return the group of scales of the channels of vector j in plane i."""
     if values.groups == 1:
         return "T.int64(0)"
     reader = values.reader
-    return f"T.truncdiv({i * reader.plane} + u * {values.dots.lanes}, T.int64({reader.group}))"
+    if reader.group % (side * values.dots.lanes) == 0:
+        j = 0  # and so it is seen that weights are shared
+    return f"T.truncdiv({i * reader.plane} + {_place(values, j, side)}, T.int64({reader.group}))"
 
 
-def _target(values: ValueDots, rows: Rows, r: int, i: int) -> str:
-    channel = values.reader.channel(f"{i * values.reader.plane} + u * {values.dots.lanes}")
-    place = f"o_base + ({rows.first} + {r}) * {rows.channels} + {channel}"
-    return at("part_out", place, values.dots.lanes)
+def _write_scaled(
+    kernel: Kernel, values: ValueDots, rows: Rows, own: Sum, first: int, outputs: list[str]
+) -> None:
+    """Add the sums of one block and vector to the outputs, scaled; with zero points of channels.
 
-
-def _write_scaled(kernel: Kernel, values: ValueDots, rows: Rows, i: int, first: int) -> None:
-    """Add the sums of one block in plane i to `out`, scaled; with zero points of channels."""
-    reader, lanes = values.reader, values.dots.lanes
+    Args:
+        kernel: where to write.
+        values: of what.
+        rows: whose sums these are, one after another.
+        own: the first of them.
+        first: its number.
+        outputs: those of each row.
+    """
+    reader, lanes, i = values.reader, values.dots.lanes, own.plane
+    place = _channel(values, own, values.side(rows.count))
     scale = zero = ""
     if reader.per_channel:
         group = f"T.truncdiv(block * {BLOCK}, T.int64({reader.format.group_tokens}))"
-        place = group, f"{i * reader.plane} + u * {lanes}", lanes
-        scale = kernel.fresh("scale", reader.scale(*place))
-        zero = kernel.fresh("zero", reader.zero(*place, scale))
-    for r in range(rows.count):
-        index = _step(values, rows, r, f"group{i}")
-        out = at("out", str((first + r) * lanes), lanes)
-        total = cast("float32", at("acc", str((first + r) * lanes), lanes), lanes)
+        scale = kernel.fresh("scale", reader.scale(group, place, lanes))
+        zero = kernel.fresh("zero", reader.zero(group, place, lanes, scale))
+    for r, out in enumerate(outputs):
+        total = cast("float32", values.dots.sum(first + r), lanes)
+        index = _step(values, rows, r, f"group{i}_{own.vector}", i)
         step = splat(f"{values.steps}[{index}]", lanes)
         if reader.per_channel:
-            zeros = splat(f"{values.zeros}[{index}]", lanes)
+            zeros = splat(f"{values.zeros}[{_zero(values, rows, r)}]", lanes)
             kernel.line(f"{out} = {fma(f'{total} * {step}', scale, fma(zeros, zero, out))}")
         else:
             kernel.line(f"{out} = {fma(total, step, out)}")

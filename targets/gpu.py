@@ -12,18 +12,24 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..ir.arrangements import TILES
 from ..ir.errors import KvantError
 from ..ir.plan import AttentionPlan
 from .gpu_append import APPEND_ROWS, append
-from .gpu_attend import attend, block_rows, decode_rows
+from .gpu_attend import attend, attend_block, block_rows, decode_rows
 from .gpu_combine import combine
 from .gpu_encode import encode, tokens_at_once
 from .gpu_prepare import ROWS, prepare
-from .gpu_text import Kernel
+from .gpu_rest import PART
+from .gpu_sequences import GCN, PLAIN, PTX
+from .gpu_text import Dialect, Kernel
+from .gpu_tiles import kinds
+from .gpu_whole import MOST_SPLITS, attend_tiles, sequences_of
 from .kernel_text import KERNELS
 from .machines import GPUS, Gpu
 from .source import Source, split_tokens
@@ -32,7 +38,6 @@ from .target import Build, Stage, Target
 
 TRITON = "3.9.0"
 MOST_CHANNELS = 256
-WARPS = 4
 # Variables that the compiling process gets; others could change what is compiled.
 KEPT = ("PATH", "HOME", "TMPDIR", "LANG", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV")
 # What a machine needs to load the binaries, by major version.
@@ -42,32 +47,56 @@ PACKAGES = {"cuda": {"cuda-bindings": "", "cuda-core": "1", "torch": "2"}, "hip"
 HEAD = '"""Kernels of one attention plan in Triton, written by kvant."""\n\n'
 HEAD += "import triton\nimport triton.language as tl\n"
 # Products of f32 on tensor cores: three products of tf32 on NVIDIA's; AMD's take f32 as it is.
-PRECISION = {"cuda": "tf32x3", "hip": "ieee"}
+# AMD's matrix products have 16 columns, and its compiler keeps no four bytes in one register.
+DIALECTS = {
+    "cuda": Dialect(PTX, "tf32x3", has_bytes=True, least_rows=8, stages=3),
+    "hip": Dialect(GCN, "ieee", has_bytes=False, least_rows=16, stages=2),
+}
 
 
-def emit(plan: AttentionPlan, backend: str = "cuda") -> Source[Kernel]:
-    """Return the kernels of a plan as text."""
-    precision = PRECISION[backend]
+def emit(plan: AttentionPlan, backend: str = "cuda", *, plain: bool = False) -> Source[Kernel]:
+    """Return the kernels of a plan as text.
+
+    Args:
+        plan: what is stored and computed.
+        backend: "cuda" or "hip".
+        plain: without assembly, as Triton's interpreter takes it.
+    """
+    dialect = DIALECTS[backend]
+    if plain:  # the interpreter takes as long for a line, whatever its arrays
+        dialect = replace(dialect, rest=PART)
+    k, v = kinds(plan)
     kernels = (
-        prepare(plan),
+        prepare(plan, codes=k == TILES and plan.query_bits is not None),
         append(plan.k),
         append(plan.v),
-        encode(plan.k),
-        encode(plan.v),
-        attend(plan, "attend", decode_rows(plan), precision),
-        attend(plan, "attend_block", block_rows(plan), precision),
+        encode(plan.k, k),
+        encode(plan.v, v),
+        attend_tiles(plan, dialect) if k == TILES else attend(plan, dialect),
+        attend_block(plan, dialect),
         combine(plan),
     )
-    return Source(plan, kernels, HEAD)
+    form = PLAIN if plain else dialect.form
+    return Source(plan, kernels, HEAD + sequences_text(plan, dialect, form))
 
 
-def launch_facts(source: Source[Kernel]) -> dict[str, Any]:
+def sequences_text(plan: AttentionPlan, dialect: Dialect, form: str) -> str:
+    """Return the functions that unpack codes in the kernels of a plan."""
+    found = sorted(sequences_of(plan, dialect), key=lambda sequence: sequence.name)
+    return "".join(sequence.source(form) for sequence in found)
+
+
+def launch_facts(source: Source[Kernel], backend: str = "cuda") -> dict[str, Any]:
     """Return what a launcher must know, whatever the GPU."""
     return {
+        "layouts": kinds(source.plan),
         "kernels": {kernel.name: kernel.arguments() for kernel in source.kernels},
         "split_tokens": split_tokens(source.plan),
+        # Of a part of what whole tiles leave; 0 where pages are no tiles.
+        "most_splits": MOST_SPLITS,
+        "rest_tokens": PART if kinds(source.plan)[0] == TILES else 0,
         "rows": {
-            "attend": decode_rows(source.plan),
+            "attend": decode_rows(source.plan, DIALECTS[backend]),
             "attend_block": block_rows(source.plan),
             "prepare": ROWS,
             "combine": ROWS,
@@ -85,16 +114,49 @@ def compile_gpu(source: Source[Kernel], gpu: Gpu) -> dict[str, bytes]:
 
     Raises: KvantError "compiler-failed", "shared-memory".
     """
-    text = source.text()
+    made = compile_kernels(source, gpu)
+    for name, kernel in made.items():
+        _check(name, kernel.facts, gpu)
+    suffix = "cubin" if gpu.backend == "cuda" else "hsaco"
+    kept = {n: {k: m.facts[k] for k in ("entry", "shared", "warps")} for n, m in made.items()}
+    launch = launch_facts(source, gpu.backend) | {
+        "facts": _facts(gpu),
+        "binaries": {
+            name: fact | {"file": f"{name}.{suffix}", "threads": fact["warps"] * gpu.warp}
+            for name, fact in kept.items()
+        },
+    }
+    files = {f"{name}.{suffix}": kernel.binary for name, kernel in made.items()}
+    return files | {
+        "kernels.py": source.text().encode(),
+        "launch.json": (json.dumps(launch, indent=1, sort_keys=True) + "\n").encode(),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """One kernel as Triton made it: its binary, launch facts, and on AMD its assembly."""
+
+    binary: bytes
+    facts: dict[str, Any]
+    assembly: str
+
+
+def compile_kernels(source: Source[Kernel], gpu: Gpu) -> dict[str, Compiled]:
+    """Return what Triton makes of each kernel, whether or not the GPU can launch it.
+
+    Raises: KvantError "compiler-failed".
+    """
     with tempfile.TemporaryDirectory(prefix="kvant-") as folder:
         place = Path(folder)
-        (place / "kernels.py").write_text(text)
+        (place / "kernels.py").write_text(source.text())
         job = {
             "target": (gpu.backend, gpu.arch, gpu.warp),
             "kernels": {
                 kernel.name: {
                     "signature": kernel.signature(),
-                    "warps": WARPS,
+                    "warps": kernel.warps,
+                    "registers": kernel.registers,
                     # What is stored is that of NumPy to the bit: no product and sum in one.
                     "fusion": kernel.name.startswith("attend"),
                 }
@@ -103,23 +165,14 @@ def compile_gpu(source: Source[Kernel], gpu: Gpu) -> dict[str, bytes]:
         }
         (place / "job.json").write_text(json.dumps(job))
         _run(place, gpu)
-        names = [kernel.name for kernel in source.kernels]
-        binaries = {name: (place / f"{name}.bin").read_bytes() for name in names}
-        facts = {name: json.loads((place / f"{name}.json").read_text()) for name in names}
-    for name, fact in facts.items():
-        _check(name, fact, gpu)
-    suffix = "cubin" if gpu.backend == "cuda" else "hsaco"
-    kept = {n: {k: f[k] for k in ("entry", "shared", "warps")} for n, f in facts.items()}
-    launch = launch_facts(source) | {
-        "facts": _facts(gpu),
-        "threads": WARPS * gpu.warp,
-        "binaries": {name: fact | {"file": f"{name}.{suffix}"} for name, fact in kept.items()},
-    }
-    files = {f"{name}.{suffix}": data for name, data in binaries.items()}
-    return files | {
-        "kernels.py": text.encode(),
-        "launch.json": (json.dumps(launch, indent=1, sort_keys=True) + "\n").encode(),
-    }
+        return {
+            kernel.name: Compiled(
+                (place / f"{kernel.name}.bin").read_bytes(),
+                json.loads((place / f"{kernel.name}.json").read_text()),
+                (place / f"{kernel.name}.s").read_text(),
+            )
+            for kernel in source.kernels
+        }
 
 
 def _run(folder: Path, gpu: Gpu) -> None:

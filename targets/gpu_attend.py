@@ -1,27 +1,40 @@
-"""The kernel attend: one split of the keys for one tile of queries, by online softmax.
+"""The kernels attend and attend_block: one split of the keys for one tile of queries.
 
 Split 0 holds the positions [0, sink + C), split i holds [sink + i C, sink + (i + 1) C), with C
 whole pages of K. Tiles of N tokens begin at sink + j N, so a tile of pages lies in one page of K.
 The bounds depend on nothing else, so the batch changes no bit.
 
-A tile reads keys and values where they are: what is encoded from the pages; what is not yet, and
-the sink, from the raw buffers. Tokens that lie elsewhere read as zero, so the two add up.
+Tokens are rows and queries columns, [N, R]. A tile reads keys and values where they are, and
+multiplies them in float32 (`gpu_sources.py`). Where pages are tiles, one query a row is attended by
+`gpu_whole.py` instead.
+
+Exponentials are powers of two, and the largest score is rounded up to a whole number: what was
+summed before is then shrunk by a power of two, without rounding.
 """
 
 from __future__ import annotations
 
-from typing import TypeAlias
-
-from ..ir.plan import AttentionPlan, StreamPlan
-from .gpu_pages import PageReader, declare_pages, readers_of
-from .gpu_text import LEAST_DOT, Kernel, across, both, load, padded
+from ..ir.plan import AttentionPlan
+from .gpu_pages import declare_pages, readers_of
+from .gpu_sources import Piece, pieces_of, readers_in, write_place, write_raw, write_stored
+from .gpu_text import (
+    LEAST_DOT,
+    LN_2,
+    LOG2_E,
+    Dialect,
+    Kernel,
+    both,
+    down,
+    load,
+    padded,
+    write_softcap,
+)
+from .gpu_tiles import kinds
 from .source import split_tokens
-
-Readers: TypeAlias = tuple[PageReader, ...]
 
 
 def tile_tokens(plan: AttentionPlan) -> int:
-    """Return N: tokens of a tile; the more columns its planes have, the fewer."""
+    """Return N: tokens of a tile of the rest; the more columns its planes have, the fewer."""
     most = 8192 // _columns(plan)
     return max(16, min(64, 1 << (most.bit_length() - 1)))
 
@@ -33,7 +46,7 @@ def _columns(plan: AttentionPlan) -> int:
             2 * max(r.wide for r in readers),
             sum(r.wide * r.part.planes for r in readers),
         )
-        for readers in (readers_of(plan.k), readers_of(plan.v))
+        for readers in (readers_of(plan.k, "rows"), readers_of(plan.v, "rows"))
     )
 
 
@@ -45,25 +58,29 @@ def block_rows(plan: AttentionPlan) -> int:
     return tile_tokens(plan) if _columns(plan) <= 128 else LEAST_DOT
 
 
-def decode_rows(plan: AttentionPlan) -> int:
+def decode_rows(plan: AttentionPlan, dialect: Dialect) -> int:
     """Return the rows of a tile of attend: the group, made a size that a matrix product takes."""
-    return padded(plan.group, LEAST_DOT)
+    return padded(plan.group, dialect.least_rows)
 
 
-def attend(plan: AttentionPlan, name: str, rows: int, precision: str) -> Kernel:
-    """Return the kernel that attends a tile of rows to one split.
+def attend(plan: AttentionPlan, dialect: Dialect) -> Kernel:
+    """Return the kernel that attends one query a row, all heads of a group, to one split."""
+    return _attend(plan, "attend", decode_rows(plan, dialect), dialect)
 
-    Args:
-        plan: what is stored and computed.
-        name: "attend" or "attend_block".
-        rows: of a tile, each a query of one head of the group: row = t * G + g.
-        precision: of the matrix products, as Triton calls it.
+
+def attend_block(plan: AttentionPlan, dialect: Dialect) -> Kernel:
+    """Return the kernel that attends a tile of queries, causal between them, to one split."""
+    return _attend(plan, "attend_block", block_rows(plan), dialect)
+
+
+def _attend(plan: AttentionPlan, name: str, rows: int, dialect: Dialect) -> Kernel:
+    """Return the kernel for a tile of rows: row = t * G + g, query t of head g of the group.
 
     Grid: (B H, splits, tiles of rows).
     """
     kernel, n = Kernel(name), tile_tokens(plan)
-    k, v = readers_of(plan.k), readers_of(plan.v)
-    _declare(kernel, plan)
+    k, v = (pieces_of(stream, kinds(plan)[0]) for stream in (plan.k, plan.v))
+    declare(kernel, plan)
     kernel.line("bh = tl.program_id(0).to(tl.int64)")
     kernel.line(f"b = bh // {plan.k.heads}")
     kernel.line(f"h = bh % {plan.k.heads}")
@@ -72,29 +89,25 @@ def attend(plan: AttentionPlan, name: str, rows: int, precision: str) -> Kernel:
     kernel.line("length = tl.load(length_of + b)")
     for role in ("k", "v"):
         kernel.line(f"{role}_end = tl.minimum(tl.load({role}_encoded + b), length)")
-    for reader in (*k, *v):
+    for reader in (*readers_in(k), *readers_in(v)):
         reader.write_columns(kernel)
     _write_queries(kernel, plan, k)
-    _write_bounds(kernel, plan, rows, n)
+    _write_bounds(kernel, plan, n)
     kernel.line(f'best = tl.full(({rows},), float("-inf"), tl.float32)')
     kernel.line(f"total = tl.zeros(({rows},), tl.float32)")
-    for reader, i in planes_of(v):
-        kernel.line(f"{reader.name}_out_{i} = tl.zeros(({rows}, {reader.wide}), tl.float32)")
+    for piece in v:
+        kernel.line(f"{piece.out} = tl.zeros(({piece.reader.wide}, {rows}), tl.float32)")
     with kernel.block(f"for tile in range(begin, stop, {n})"):
         kernel.line(f"position = tile + tl.arange(0, {n})")
-        _write_scores(kernel, plan, k, precision)
-        _write_softmax(kernel, plan)
-        _write_values(kernel, plan, v, precision)
+        _write_scores(kernel, plan, k, dialect.precision)
+        _write_softmax(kernel)
+        _write_values(kernel, plan, v, dialect.precision)
     _write_partials(kernel, plan, v)
     return kernel
 
 
-def planes_of(readers: Readers) -> list[tuple[PageReader, int]]:
-    """Return every plane of every reader."""
-    return [(reader, i) for reader in readers for i in range(reader.part.planes)]
-
-
-def _declare(kernel: Kernel, plan: AttentionPlan) -> None:
+def declare(kernel: Kernel, plan: AttentionPlan) -> None:
+    """Declare what every kernel takes that attends."""
     kernel.array("query", "float32")
     kernel.array("length_of", "int64")
     for stream in (plan.k, plan.v):
@@ -108,22 +121,22 @@ def _declare(kernel: Kernel, plan: AttentionPlan) -> None:
         kernel.scalar(f"{role}_capacity")
     for name in ("part_out", "part_max", "part_sum"):
         kernel.array(name, "float32")
-    for name in ("splits", "rows", "queries"):
+    for name in ("parts", "rows", "queries"):
         kernel.scalar(name)
 
 
-def _write_queries(kernel: Kernel, plan: AttentionPlan, k: Readers) -> None:
-    """Bind <k>_query_i, the queries of each plane, and the position of each row."""
+def _write_queries(kernel: Kernel, plan: AttentionPlan, k: tuple[Piece, ...]) -> None:
+    """Bind <k>_query_i, the queries of each plane [channels, R], and the position of each row."""
     kernel.note("the queries, one block for each plane of the keys")
     kernel.line(f"exists = row < queries * {plan.group}")
-    for reader, i in planes_of(k):
-        mask = both("exists[:, None]", across(reader.columns))
-        at = f"(bh * rows + row)[:, None] * {plan.k.channels} + {across(reader.channel(i))}"
-        kernel.line(f"{reader.name}_query_{i} = {load(f'query + {at}', mask)}")
+    for piece in k:
+        mask = both("exists[None, :]", down(piece.reader.columns))
+        at = f"(bh * rows + row)[None, :] * {plan.k.channels} + {down(piece.channels)}"
+        kernel.line(f"{piece.reader.name}_query_{piece.plane} = {load(f'query + {at}', mask)}")
     kernel.line(f"newest = tl.where(exists, length - queries + row // {plan.group}, -1)")
 
 
-def _write_bounds(kernel: Kernel, plan: AttentionPlan, rows: int, n: int) -> None:
+def _write_bounds(kernel: Kernel, plan: AttentionPlan, n: int) -> None:
     """Bind begin and stop: the tiles of the split that a row of the tile can see."""
     sink, size = plan.k.tokens.sink, split_tokens(plan)
     kernel.note("the tokens of the split that some row sees")
@@ -137,133 +150,82 @@ def _write_bounds(kernel: Kernel, plan: AttentionPlan, rows: int, n: int) -> Non
         kernel.line(f"begin += tl.maximum(oldest - begin, 0) // {n} * {n}")
 
 
-def _write_scores(kernel: Kernel, plan: AttentionPlan, k: Readers, precision: str) -> None:
-    """Bind `score`, f32 [rows, N], -inf where a row does not see a key."""
-    _write_sources(kernel, plan, plan.k, k)
-    for number, (reader, i) in enumerate(planes_of(k)):
-        q, x = f"{reader.name}_query_{i}", f"tl.trans({reader.name}_{i})"
-        product = f'tl.dot({q}, {x}, input_precision="{precision}")'
+def _write_scores(
+    kernel: Kernel, plan: AttentionPlan, k: tuple[Piece, ...], precision: str
+) -> None:
+    """Bind `score`, f32 [N, R], in powers of two; -inf where a row does not see a key."""
+    _write_sources(kernel, plan, k)
+    for number, piece in enumerate(k):
+        q = f"{piece.reader.name}_query_{piece.plane}"
+        product = f'tl.dot({piece.name}, {q}, input_precision="{precision}")'
         kernel.line(f"score {'+=' if number else '='} {product}")
     _write_seen(kernel, plan)
     if plan.softcap is not None:
-        _write_softcap(kernel, plan.softcap)
-    kernel.line('score = tl.where(seen, score, float("-inf"))')
+        write_softcap(kernel, plan.softcap)
+    kernel.line(f'score = tl.where(seen, score * {LOG2_E}, float("-inf"))')
 
 
 def _write_seen(kernel: Kernel, plan: AttentionPlan) -> None:
     """Bind `seen`: causal, inside the window, and a position at all."""
-    terms = ["(position[None, :] <= newest[:, None])", "(position[None, :] < stop)"]
+    terms = ["(position[:, None] <= newest[None, :])", "(position[:, None] < stop)"]
     if plan.k.tokens.sink:
-        terms.append("(position[None, :] >= 0)")
+        terms.append("(position[:, None] >= 0)")
     if plan.window is not None:
-        terms.append(f"(position[None, :] > newest[:, None] - {plan.window})")
+        terms.append(f"(position[:, None] > newest[None, :] - {plan.window})")
     kernel.line(f"seen = {' & '.join(terms)}")
 
 
-def _write_softcap(kernel: Kernel, cap: float) -> None:
-    """Replace `score` by cap tanh(score / cap): a series below 0.3, else by the exponential."""
-    kernel.note("softcap: cap tanh(score / cap)")
-    kernel.line(f"y = score * {1.0 / cap!r}")
-    kernel.line("z = y * y")
-    series = "-0.008863235529902197"
-    for term in (0.021869488536155203, -0.05396825396825397, 0.13333333333333333, -1.0 / 3.0):
-        series = f"({series} * z + {term!r})"
-    kernel.line(f"near = y + y * z * {series}")
-    kernel.line("size = tl.minimum(tl.abs(y), 20.0)")
-    kernel.line("far = 1.0 - 2.0 / (tl.exp(2.0 * size) + 1.0)")
-    kernel.line("far = tl.where(y < 0.0, -far, far)")
-    kernel.line(f"score = {cap!r} * tl.where(size < 0.3, near, far)")
-
-
-def _write_softmax(kernel: Kernel, plan: AttentionPlan) -> None:
+def _write_softmax(kernel: Kernel) -> None:
     """Bind `weight`, the exponentials, and `shrink`, the factor on what was added up before."""
     kernel.note("online softmax")
-    kernel.line("most = tl.maximum(best, tl.max(score, axis=1))")
+    kernel.line("most = tl.maximum(best, tl.ceil(tl.max(score, axis=0)))")
     kernel.line('safe = tl.where(most > float("-inf"), most, 0.0)')
-    kernel.line("weight = tl.exp(score - safe[:, None])")
-    kernel.line("shrink = tl.exp(best - safe)")
-    kernel.line("total = total * shrink + tl.sum(weight, axis=1)")
+    kernel.line("weight = tl.exp2(score - safe[None, :])")
+    kernel.line("shrink = tl.exp2(best - safe)")
+    kernel.line("total = total * shrink + tl.sum(weight, axis=0)")
     kernel.line("best = most")
 
 
-def _write_values(kernel: Kernel, plan: AttentionPlan, v: Readers, precision: str) -> None:
-    """Add the tile's values to the outputs of each plane."""
-    _write_sources(kernel, plan, plan.v, v)
-    for reader, i in planes_of(v):
-        out = f"{reader.name}_out_{i}"
-        product = f'tl.dot(weight, {reader.name}_{i}, input_precision="{precision}")'
-        kernel.line(f"{out} = {out} * shrink[:, None] + {product}")
-
-
-def _write_sources(
-    kernel: Kernel, plan: AttentionPlan, stream: StreamPlan, readers: Readers
+def _write_values(
+    kernel: Kernel, plan: AttentionPlan, v: tuple[Piece, ...], precision: str
 ) -> None:
-    """Bind <reader>_i, the planes of a tile, f32 [N, width], read from pages and raw buffers."""
-    role, n, sink = stream.role, tile_tokens(plan), stream.tokens.sink
+    """Add the tile's values to the outputs of each plane."""
+    _write_sources(kernel, plan, v)
+    for piece in v:
+        product = f'tl.dot(tl.trans({piece.name}), weight, input_precision="{precision}")'
+        kernel.line(f"{piece.out} = {piece.out} * shrink[None, :] + {product}")
+
+
+def _write_sources(kernel: Kernel, plan: AttentionPlan, pieces: tuple[Piece, ...]) -> None:
+    """Bind the pieces of a tile, f32 [N, width], read from pages and raw buffers."""
+    stream, n = pieces[0].reader.stream, tile_tokens(plan)
+    role, sink, size = stream.role, stream.tokens.sink, stream.page_tokens
     kernel.note(f"{'keys' if role == 'k' else 'values'}: what the pages hold")
-    for reader, i in planes_of(readers):
-        kernel.line(f"{reader.name}_{i} = tl.zeros(({n}, {reader.wide}), tl.float32)")
+    for piece in pieces:
+        kernel.line(f"{piece.name} = tl.zeros(({n}, {piece.reader.wide}), tl.float32)")
     with kernel.block(f"if (tile < {role}_end) & (tile + {n} > {sink})"):
         in_pages = f"(position >= {sink}) & (position < {role}_end) & (position < stop)"
         if plan.window is not None:  # pages behind the window may have been given back
             in_pages += " & (position >= oldest)"
         kernel.line(f"{role}_here = {in_pages}")
-        _write_place(kernel, plan, stream)
-        for reader in (reader for reader in readers if reader.is_stored):
-            reader.write_codes(kernel, f"{role}_here")
-            for i in range(reader.part.planes):
-                reader.write_plane(kernel, i, f"{role}_here", f"{reader.name}_{i}")
+        is_lone = size % n == 0 and sink % n == plan.k.tokens.sink % n
+        place = "tile" if is_lone else "position"
+        place = f"{place} - {sink}" if sink else place
+        within = (f"tl.arange(0, {n})", "") if is_lone else ("", f"{role}_here")
+        write_place(kernel, stream, place, *within)
+        write_stored(kernel, pieces, f"{role}_here")
     kernel.note("and what is not encoded")
     unencoded = f"(tile + {n} > {role}_end)"
     with kernel.block(f"if {unencoded} | (tile < {sink})" if sink else f"if {unencoded}"):
-        _write_raw_masks(kernel, stream)
-        for reader, i in planes_of(readers):
-            kernel.line(f"{reader.name}_{i} += {_raw(reader, i, 'tail')}")
-            if sink:
-                kernel.line(f"{reader.name}_{i} += {_raw(reader, i, 'sink')}")
+        write_raw(kernel, stream, pieces, "(position < stop)")
 
 
-def _write_place(kernel: Kernel, plan: AttentionPlan, stream: StreamPlan) -> None:
-    """Bind where the tokens of the tile lie: their page and their place in it."""
-    role, n, layout = stream.role, tile_tokens(plan), stream.page_layout()
-    sink, size = stream.tokens.sink, stream.page_tokens
-    whole = size % n == 0 and sink % n == plan.k.tokens.sink % n
-    place = "tile" if whole else "position"
-    kernel.line(f"{role}_place = {place} - {sink}" if sink else f"{role}_place = {place}")
-    table = f"{role}_table + b * {role}_max_pages + {role}_place // {size}"
-    kernel.line(f"{role}_page = {load(table, '' if whole else f'{role}_here')}")
-    block = f"{role}_page * {layout.page_bytes} + h * {layout.head_bytes}"
-    kernel.line(f"{role}_block = {block}")
-    token = f"{role}_place % {size}"
-    kernel.line(f"{role}_t = {token} + tl.arange(0, {n})" if whole else f"{role}_t = {token}")
-
-
-def _write_raw_masks(kernel: Kernel, stream: StreamPlan) -> None:
-    role, sink = stream.role, stream.tokens.sink
-    late = f"(position >= {role}_end) & (position < stop)"
-    in_tail = f"{late} & (position >= {sink})" if sink else late
-    kernel.line(f"{role}_in_tail = {in_tail}")
-    slot = f"bh * {role}_capacity + position - tl.load({role}_tail_first + b)"
-    kernel.line(f"{role}_at_tail = ({slot}) * {stream.channels}")
-    if sink:
-        in_sink = f"(position >= 0) & (position < {sink}) & (position < stop)"
-        kernel.line(f"{role}_in_sink = {in_sink}")
-        kernel.line(f"{role}_at_sink = (bh * {sink} + position) * {stream.channels}")
-
-
-def _raw(reader: PageReader, i: int, buffer: str) -> str:
-    """Return plane i of the tokens in a raw buffer, f32."""
-    role = reader.role
-    pointer = f"{role}_{buffer} + {role}_at_{buffer}[:, None] + {across(reader.channel(i))}"
-    return load(pointer, both(f"{role}_in_{buffer}[:, None]", across(reader.columns)))
-
-
-def _write_partials(kernel: Kernel, plan: AttentionPlan, v: Readers) -> None:
+def _write_partials(kernel: Kernel, plan: AttentionPlan, v: tuple[Piece, ...]) -> None:
     kernel.note("the split's share of the result")
-    kernel.line("part = (bh * splits + split) * rows + row")
-    kernel.line("tl.store(part_max + part, best, mask=exists)")
+    kernel.line("part = (bh * parts + split) * rows + row")
+    kernel.line(f"tl.store(part_max + part, best * {LN_2}, mask=exists)")
     kernel.line("tl.store(part_sum + part, total, mask=exists)")
-    for reader, i in planes_of(v):
-        mask = both("exists[:, None]", across(reader.columns))
-        at = f"part[:, None] * {plan.v.channels} + {across(reader.channel(i))}"
-        kernel.line(f"tl.store(part_out + {at}, {reader.name}_out_{i}, mask={mask})")
+    for piece in v:
+        mask = both("exists[None, :]", down(piece.reader.columns))
+        at = f"part[None, :] * {plan.v.channels} + {down(piece.channels)}"
+        kernel.line(f"tl.store(part_out + {at}, {piece.out}, mask={mask})")

@@ -26,14 +26,14 @@ def combine(plan: AttentionPlan) -> Kernel:
     if plan.sinks is not None:
         kernel.array("sinks", "float32")
     constant_arguments(kernel, plan.out_maps)
-    for name in ("splits", "rows", "queries"):
+    for name in ("parts", "rows", "queries"):
         kernel.scalar(name)
     write_rows(kernel, plan)
     kernel.line(f"c = tl.arange(0, {width})")
     kernel.line(f"i = tl.arange(0, {count})")
     kernel.note("the largest score of all splits")
     kernel.line(f'top = tl.full(({ROWS},), float("-inf"), tl.float32)')
-    with kernel.block(f"for split in range(0, splits, {count})"):
+    with kernel.block(f"for split in range(0, parts, {count})"):
         _write_load(kernel)
         kernel.line("top = tl.maximum(top, tl.max(most, axis=1))")
     kernel.line('seen = top > float("-inf")')
@@ -46,7 +46,7 @@ def combine(plan: AttentionPlan) -> Kernel:
     kernel.note("the weighted sum of the splits; one that saw no key weighs nothing")
     kernel.line(f"total = tl.zeros(({ROWS},), tl.float64)")
     kernel.line(f"y = tl.zeros(({ROWS}, {width}), tl.float64)")
-    with kernel.block(f"for split in range(0, splits, {count})"):
+    with kernel.block(f"for split in range(0, parts, {count})"):
         _write_merge(kernel, channels)
     if plan.sinks is not None:
         kernel.line("total += tl.exp(sink - top).to(tl.float64)")
@@ -58,8 +58,8 @@ def combine(plan: AttentionPlan) -> Kernel:
 
 def _write_load(kernel: Kernel) -> None:
     """Bind `most`, the largest score of each row in some splits, -inf where it saw no key."""
-    kernel.line("part = (bh * splits + split + i)[None, :] * rows + row[:, None]")
-    kernel.line("exists = here[:, None] & (split + i < splits)[None, :]")
+    kernel.line("part = (bh * parts + split + i)[None, :] * rows + row[:, None]")
+    kernel.line("exists = here[:, None] & (split + i < parts)[None, :]")
     kernel.line('most = tl.load(part_max + part, mask=exists, other=float("-inf"))')
 
 

@@ -36,8 +36,10 @@ def tokens_at_once(stream: StreamPlan) -> int:
     return ENCODE_TOKENS if group == 1 else group
 
 
-def encode(stream: StreamPlan) -> Kernel:
+def encode(stream: StreamPlan, kind: str) -> Kernel:
     """Return the kernel that encodes positions [begin, end) of each row, whole groups.
+
+    `kind`: arrangement of the pages.
 
     `bad[b * H + h]` becomes 1 where a scale or value does not fit its stored type.
     Grid: (ceil(most tokens of a row / tokens_at_once), B H).
@@ -54,7 +56,7 @@ def encode(stream: StreamPlan) -> Kernel:
     kernel.line(f"h = bh % {heads}")
     kernel.line(f"start = tl.load(begin + b) + tl.program_id(0) * {tokens_at_once(stream)}")
     kernel.line("stop = tl.load(end + b)")
-    stored = [reader for reader in readers_of(stream) if reader.is_stored]
+    stored = [reader for reader in readers_of(stream, kind) if reader.is_stored]
     # Names bound outside a loop cannot have another shape inside it, so loops come first.
     for reader in sorted(stored, key=lambda r: _own_group(stream, r) == tokens_at_once(stream)):
         reader.write_columns(kernel)
@@ -225,7 +227,8 @@ def _write_tokens(kernel: Kernel, reader: PageReader, fmt: Int) -> None:
         kernel.line(f"row = {reader.row('scale')}")
         if fmt.zero != "none":
             kernel.line(f"zero_row = {reader.row('zero')}")
-        _write_parameters(kernel, reader, fmt, str(g), "here")
+        step = reader.layout.tokens if reader.is_turned("scale") else 1
+        _write_parameters(kernel, reader, fmt, str(g * step), "here")
         kernel.line(f"scale_{g} = scale")
         if fmt.zero != "none":
             kernel.line(f"zero_{g} = zero")
@@ -253,7 +256,7 @@ def _spread(kernel: Kernel, reader: PageReader, i: int, group: int, name: str) -
 
 def _write_blocks(kernel: Kernel, reader: PageReader, fmt: Bfp) -> None:
     """Encode tokens of block floating point: an exponent for each block, then the planes."""
-    role, block, p = reader.role, fmt.block, fmt.mantissa
+    block, p = fmt.block, fmt.mantissa
     wide = padded(block)
     kernel.line(f"j = tl.arange(0, {wide})")
     for g in range(reader.part.width // block):
@@ -261,7 +264,7 @@ def _write_blocks(kernel: Kernel, reader: PageReader, fmt: Bfp) -> None:
         values = _cut(reader, tail_group(reader, g, block))
         kernel.line(f"largest = tl.max(tl.abs({values}), axis=1)")
         kernel.line("byte = (largest.to(tl.int32, bitcast=True) >> 23) & 255")
-        target = f"{role}_uint8 + {reader.row('exponent')} + {g}"
+        target = reader.parameter_at("exponent", g)
         kernel.line(f"tl.store({target}, byte.to(tl.uint8), mask=here)")
         kernel.note("2^(p - 2 - e), or 0 for a block without an exponent, which holds zeros")
         kernel.line(f"power = ({1023 + p - 2 + 127} - byte).to(tl.int64) << 52")
@@ -285,7 +288,7 @@ def _write_blocks(kernel: Kernel, reader: PageReader, fmt: Bfp) -> None:
 
 def _write_entries_of_table(kernel: Kernel, reader: PageReader, fmt: Lut) -> None:
     """Encode tokens into a table: a scale for each group, then the codes, plane by plane."""
-    role, wide = reader.role, padded(fmt.group)
+    wide = padded(fmt.group)
     kernel.line(f"j = tl.arange(0, {wide})")
     for g in range(reader.part.width // fmt.group):
         kernel.note(f"group {g}: channels {g * fmt.group} to {(g + 1) * fmt.group - 1}")
@@ -296,7 +299,7 @@ def _write_entries_of_table(kernel: Kernel, reader: PageReader, fmt: Lut) -> Non
         else:
             _write_mean(kernel, fmt, fmt.sigmas)
         write_stored(kernel, "wanted", fmt.params)
-        target = f"{role}_{reader.part.field('scale').dtype} + {reader.row('scale')} + {g}"
+        target = reader.parameter_at("scale", g)
         kernel.line(f"tl.store({target}, stored, mask=here)")
         write_flag(kernel, "tl.where(here, single, 0.0)")
         kernel.line(f"scale_{g} = single.to(tl.float64)")

@@ -53,8 +53,7 @@ def write_entries(kernel: Kernel, reader: PageReader, sparse: Sparse) -> None:
         kernel.line(f"above = tl.abs(x_{e}) > m")
         kernel.line(f"rest = tl.where(above, x_{e}.to(tl.float64) - dense_{e}, 0.0)")
         write_stored(kernel, "rest", sparse.values)
-        value = f"{reader.role}_{reader.part.field('value').dtype} + {reader.row('value')} + {e}"
-        kernel.line(f"tl.store({value}, stored, mask=here)")
+        kernel.line(f"tl.store({reader.parameter_at('value', e)}, stored, mask=here)")
         write_flag(kernel, "tl.where(here, single, 0.0)")
-        index = f"{reader.role}_uint8 + {reader.row('index')} + {e}"
+        index = reader.parameter_at("index", e)
         kernel.line(f"tl.store({index}, tl.where(above, at_{e}, 0).to(tl.uint8), mask=here)")

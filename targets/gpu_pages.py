@@ -13,10 +13,11 @@ added to the blocks: each is compared with the channels of its token's row.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from ..ir.arrangements import CODES, ROWS
 from ..ir.encodings import Bfp, Dense, Drop, Int, Lut, Raw
 from ..ir.layouts import PageLayout, Part
 from ..ir.plan import StreamPlan
@@ -109,7 +110,7 @@ class PageReader:
         if self.part.sparse is None:
             return
         for e in range(self.part.sparse.count):
-            index, value = (load(self._at(f, self.row(f), e), here) for f in ("index", "value"))
+            index, value = (load(self.parameter_at(f, e), here) for f in ("index", "value"))
             kernel.line(f"{self.name}_index_{e} = {index}.to(tl.int32)")
             kernel.line(f"{self.name}_value_{e} = {as_f32(value, self.part.sparse.values)}")
 
@@ -158,11 +159,22 @@ class PageReader:
         group = self.part.width // self.part.field(name).shape[1]
         first = i * self.part.plane
         if (first + self.part.plane - 1) // group == first // group:
-            return f"{load(self._at(name, self.row(name), first // group), here)}[:, None]"
+            return f"{load(self.parameter_at(name, first // group), here)}[:, None]"
         column = f"{self.name}_w + {first}" if first else f"{self.name}_w"
         column = column if group == 1 else f"({column}) // {group}"
-        pointer = self._at(name, down(f"({self.row(name)})"), across(f"({column})"))
+        column = f"(({column}) * {self.layout.tokens})" if self.is_turned(name) else f"({column})"
+        pointer = self._at(name, down(f"({self.row(name)})"), across(column))
         return load(pointer, both(down(here), across(self.columns)))
+
+    def is_turned(self, name: str) -> bool:
+        """Return whether a field lies as [columns, tokens] in the page: `ir/arrangements.py`."""
+        is_own = self.part.field(name).shape[0] == self.layout.tokens
+        return self.layout.kind != ROWS and name not in CODES and is_own
+
+    def parameter_at(self, name: str, column: int) -> str:
+        """Return the pointers to each token's number in a column of a field."""
+        at = column * self.layout.tokens if self.is_turned(name) else column
+        return self._at(name, self.row(name), at)
 
     def at(self, name: str, first: int) -> str:
         """Return the pointers to a field from column `first` on, [tokens, width]."""
@@ -174,7 +186,8 @@ class PageReader:
         return load(self.at(name, first), both(down(here), across(self.columns)))
 
     def _at(self, name: str, row: str, column: str | int) -> str:
-        return f"{self.role}_{self.part.field(name).dtype} + {row} + {column}"
+        start = f"{self.role}_{self.part.field(name).dtype} + {row}"
+        return start if column == 0 else f"{start} + {column}"
 
     def row(self, name: str) -> str:
         """Return the index of the first element of each token's row, in elements of the field."""
@@ -184,7 +197,7 @@ class PageReader:
         index = f"{role}_t" if tokens == 1 else f"({role}_t // {tokens})"
         block = f"{role}_block" if size == 1 else f"{role}_block // {size}"
         start = f"{block} + {field.offset // size}" if field.offset else block
-        return f"{start} + {index} * {field.shape[1]}"
+        return f"{start} + {index}" + ("" if self.is_turned(name) else f" * {field.shape[1]}")
 
     def coded(self) -> Dense:
         """Return the format, one with codes."""
@@ -193,9 +206,9 @@ class PageReader:
         return self.part.format
 
 
-def readers_of(stream: StreamPlan) -> tuple[PageReader, ...]:
-    """Return the readers of a stream's channels, in storage order."""
-    layout = stream.page_layout()
+def readers_of(stream: StreamPlan, kind: str) -> tuple[PageReader, ...]:
+    """Return the readers of a stream's channels, in storage order, from pages of a kind."""
+    layout = replace(stream.page_layout(), kind=kind)
     return tuple(PageReader(stream, layout, part) for part in layout.parts)
 
 

@@ -11,15 +11,19 @@ ROWS = 4
 """Rows (query, head of the group) of one program: row = t * G + g."""
 
 
-def prepare(plan: AttentionPlan) -> Kernel:
+def prepare(plan: AttentionPlan, *, codes: bool) -> Kernel:
     """Return the kernel that turns q [B, Hq, T, D] into `query`, rows ordered [B, H, T, G].
 
     query = scale * maps(q); under compute = int, rounded to steps of max|q| / (2^(bits - 1) - 1).
+    `codes`: write those integers as `query_codes` too, and what one is worth as `query_step`.
     Grid: (B H, ceil(T G / ROWS)).
     """
     kernel, width = Kernel("prepare"), plan.k.channels
     kernel.array("q", "float32")
     kernel.array("query", "float32")
+    if codes:
+        kernel.array("query_codes", f"int{plan.query_bits}")
+        kernel.array("query_step", "float32")
     constant_arguments(kernel, plan.q_maps)
     for name in ("queries", "rows"):
         kernel.scalar(name)
@@ -35,7 +39,12 @@ def prepare(plan: AttentionPlan) -> Kernel:
         write_rint(kernel, "n")
         kernel.line("y = n * step[:, None]")
     mask = both("here[:, None]", channel_mask(width))
-    target = f"query + (bh * rows + row)[:, None] * {width} + c[None, :]"
+    place = f"(bh * rows + row)[:, None] * {width} + c[None, :]"
+    if codes:
+        kernel.line(f"tl.store(query_codes + {place}, n.to(tl.int{plan.query_bits}), mask={mask})")
+        worth = f"(step * {plan.scale!r}).to(tl.float32)"
+        kernel.line(f"tl.store(query_step + bh * rows + row, {worth}, mask=here)")
+    target = f"query + {place}"
     kernel.line(f"tl.store({target}, (y * {plan.scale!r}).to(tl.float32), mask={mask})")
     return kernel
 

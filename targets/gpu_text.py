@@ -13,7 +13,9 @@ from .kernel_text import LARGEST_F32, KernelText
 
 # How Triton calls the number types of NumPy.
 TYPES = {
+    "int8": "i8",
     "uint8": "u8",
+    "int16": "i16",
     "uint16": "u16",
     "int32": "i32",
     "int64": "i64",
@@ -21,14 +23,46 @@ TYPES = {
     "float32": "fp32",
     "float64": "fp64",
 }
+# Exponentials are powers of two.
+LOG2_E, LN_2 = 1.4426950408889634, 0.6931471805599453
 LARGEST = repr(LARGEST_F32)
+WARPS = 4
 LEAST_DOT = 16
 """The least rows, columns and terms of a product of matrices."""
 
 
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """How the machines of one maker take a kernel.
+
+    Attributes:
+        form: of short sequences of instructions; see `gpu_sequences.py`.
+        precision: of products of float32, as Triton calls it.
+        has_bytes: whether four bytes in a register can be unpacked at once.
+        least_rows: the least queries of a matrix product, where they are its columns.
+        stages: tiles on their way at once.
+        rest: tokens that are multiplied at once where tiles are not whole.
+    """
+
+    form: str
+    precision: str
+    has_bytes: bool
+    least_rows: int
+    stages: int
+    rest: int = 16
+
+
 @dataclass(slots=True)
 class Kernel(KernelText):
-    """One kernel in Triton while it is written."""
+    """One kernel in Triton while it is written.
+
+    Attributes:
+        warps: of a block.
+        registers: of a thread at most, or None to leave it to the compiler.
+    """
+
+    warps: int = WARPS
+    registers: int | None = None
 
     def signature(self) -> dict[str, str]:
         """Return the arguments as Triton's compiler reads them."""
@@ -115,3 +149,18 @@ def write_flag(kernel: Kernel, value: str) -> None:
     wrong = f"tl.max(tl.where(tl.abs({value}) <= {LARGEST}, 0, 1))"
     with kernel.block(f"if {wrong} > 0"):
         kernel.line("tl.store(bad + bh, 1)")
+
+
+def write_softcap(kernel: Kernel, cap: float) -> None:
+    """Replace `score` by cap tanh(score / cap): a series below 0.3, else by the exponential."""
+    kernel.note("softcap: cap tanh(score / cap)")
+    kernel.line(f"y = score * {1.0 / cap!r}")
+    kernel.line("z = y * y")
+    series = "-0.008863235529902197"
+    for term in (0.021869488536155203, -0.05396825396825397, 0.13333333333333333, -1.0 / 3.0):
+        series = f"({series} * z + {term!r})"
+    kernel.line(f"near = y + y * z * {series}")
+    kernel.line("size = tl.minimum(tl.abs(y), 20.0)")
+    kernel.line("far = 1.0 - 2.0 / (tl.exp(2.0 * size) + 1.0)")
+    kernel.line("far = tl.where(y < 0.0, -far, far)")
+    kernel.line(f"score = {cap!r} * tl.where(size < 0.3, near, far)")

@@ -18,6 +18,10 @@ class Gpu:
         warp: threads of a warp (or wavefront).
         shared: bytes of shared memory that one block may ask for.
         devices: what is called so, for people.
+        shared_per_sm: bytes that all blocks of a multiprocessor (or compute unit) have together.
+        warps: that a multiprocessor holds at once.
+        blocks: that a multiprocessor holds at once.
+        registers: of a multiprocessor, 32 bits each.
     """
 
     name: str
@@ -26,21 +30,78 @@ class Gpu:
     warp: int
     shared: int
     devices: str
+    shared_per_sm: int
+    warps: int
+    blocks: int
+    registers: int
 
 
-# Shared memory: CUDA C Programming Guide, table of technical specifications per compute capability,
-# "Maximum amount of shared memory per thread block"; AMD: CDNA3 and CDNA4 ISA guides, LDS.
+# CUDA C Programming Guide, tables of technical specifications per compute capability: shared memory
+# per block and per multiprocessor, resident warps and blocks, registers. For 12.0 NVIDIA's pages
+# differ: Blackwell's tuning guide has 32 blocks; the fewer are taken. AMD: CDNA3 and CDNA4 ISA
+# guides: LDS; four SIMDs of 512 registers for each of 64 lanes, eight waves each; as many
+# work-groups as waves (LLVM, AMDGPUBaseInfo.cpp, getMaxWorkGroupsPerCU).
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("sm_80", "cuda", 80, 32, 163 * KIB, "A100"),
-        Gpu("sm_86", "cuda", 86, 32, 99 * KIB, "A10, A40, RTX 30"),
-        Gpu("sm_89", "cuda", 89, 32, 99 * KIB, "L4, L40S, RTX 40"),
-        Gpu("sm_90", "cuda", 90, 32, 227 * KIB, "H100, H200"),
-        Gpu("sm_100", "cuda", 100, 32, 227 * KIB, "B200"),
-        Gpu("sm_120", "cuda", 120, 32, 99 * KIB, "RTX 50"),
-        Gpu("gfx942", "hip", "gfx942", 64, 64 * KIB, "MI300"),
-        Gpu("gfx950", "hip", "gfx950", 64, 160 * KIB, "MI350"),
+        Gpu("sm_80", "cuda", 80, 32, 163 * KIB, "A100", 164 * KIB, 64, 32, 64 * KIB),
+        Gpu("sm_86", "cuda", 86, 32, 99 * KIB, "A10, A40, RTX 30", 100 * KIB, 48, 16, 64 * KIB),
+        Gpu("sm_89", "cuda", 89, 32, 99 * KIB, "L4, L40S, RTX 40", 100 * KIB, 48, 24, 64 * KIB),
+        Gpu("sm_90", "cuda", 90, 32, 227 * KIB, "H100, H200", 228 * KIB, 64, 32, 64 * KIB),
+        Gpu("sm_100", "cuda", 100, 32, 227 * KIB, "B200", 228 * KIB, 64, 32, 64 * KIB),
+        Gpu("sm_120", "cuda", 120, 32, 99 * KIB, "RTX 50", 100 * KIB, 48, 24, 64 * KIB),
+        Gpu("gfx942", "hip", "gfx942", 64, 64 * KIB, "MI300", 64 * KIB, 32, 32, 128 * KIB),
+        Gpu("gfx950", "hip", "gfx950", 64, 160 * KIB, "MI350", 160 * KIB, 32, 32, 128 * KIB),
+    )
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A GPU that one can buy, as the cost model sees it.
+
+    Attributes:
+        name: for people.
+        gpu: its kind, a key of GPUS.
+        sms: multiprocessors (or compute units).
+        clock: that it holds under load, in GHz.
+        bandwidth: of its memory, in GB/s, as its maker says.
+        lanes: threads for which a multiprocessor issues an instruction in a clock.
+        matrix: products that a multiprocessor adds up in a clock, f16 to f32, by the instructions
+            for 16 rows: mma.sync, MFMA.
+        latency: of a load from memory, in microseconds.
+        launch: microseconds that one kernel of a replayed graph takes besides its work.
+    """
+
+    name: str
+    gpu: str
+    sms: int
+    clock: float
+    bandwidth: float
+    lanes: int
+    matrix: int
+    latency: float
+    launch: float
+
+
+# One device for each kind. Multiprocessors, bandwidth and the rates behind `matrix`: the makers'
+# data sheets (A100 312 TFLOPS dense, L40S 362, RTX 5090 210, MI300X 1,307, MI355X 2,516; half that
+# in products, over multiprocessors and clock). Lanes: four schedulers of 32 lanes (CUDA guide);
+# AMD's four SIMDs of 16 lanes (CDNA3 white paper).
+# NOTE: these are assumed, and to be measured: mma.sync has 0.63 of wgmma's rate on H200, and
+# that of an A100 on B200; H200 and B200 hold 1.755 and 1.85 GHz; all latencies (loaded, not
+# idle) and launches.
+DEVICES = {
+    device.gpu: device
+    for device in (
+        Device("A100 80GB", "sm_80", 108, 1.41, 2039, 128, 1024, 0.8, 2.0),
+        Device("A10", "sm_86", 72, 1.695, 600, 128, 512, 0.8, 2.0),
+        Device("L40S", "sm_89", 142, 2.52, 864, 128, 512, 0.8, 2.0),
+        Device("H200", "sm_90", 132, 1.755, 4800, 128, 1288, 0.9, 2.0),
+        Device("B200", "sm_100", 148, 1.85, 8000, 128, 1024, 1.0, 2.0),
+        Device("RTX 5090", "sm_120", 170, 2.407, 1792, 128, 256, 0.8, 2.0),
+        Device("MI300X", "gfx942", 304, 2.1, 5300, 64, 1024, 1.2, 4.0),
+        Device("MI355X", "gfx950", 256, 2.4, 8000, 64, 2048, 1.2, 4.0),
     )
 }
 
@@ -122,7 +183,7 @@ CPUS = {
             vector=16,
             dots="neon-i8mm",
             fma=True,
-            summary="Graviton 4, Grace, Axion, by TVM and zig; compiled and inspected, never run",
+            summary="Graviton 4, Grace, Axion, by TVM and zig; run in an emulator alone",
         ),
         Cpu(
             name="apple-m1",

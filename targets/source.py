@@ -48,15 +48,15 @@ class Source(Generic[K]):
         return kernels_text(self.head, {kernel.name: kernel.source() for kernel in self.kernels})
 
 
-def split_tokens(plan: AttentionPlan) -> int:
-    """Return C, the tokens of a split: whole pages of K, near 512 tokens, at most 2,048 if it can.
+def split_tokens(plan: AttentionPlan, near: int = SPLIT_TOKENS) -> int:
+    """Return C, the tokens of a split: whole pages of K, near so many, at most 2,048 if it can.
 
     Split 0 holds the positions [0, sink + C), split i holds [sink + i C, sink + (i + 1) C). The
     bounds depend on nothing else, so neither the batch nor the number of threads changes a bit.
     """
     page = plan.k.page_tokens
-    both_whole = lcm(page, SPLIT_TOKENS)
-    return both_whole if both_whole <= 2048 else page * max(1, SPLIT_TOKENS // page)
+    both_whole = lcm(page, near)
+    return both_whole if both_whole <= 2048 else page * max(1, near // page)
 
 
 def why_not(plan: AttentionPlan, most_channels: int | None = None) -> str | None:

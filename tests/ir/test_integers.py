@@ -19,6 +19,8 @@ FORMATS = {
     "lloyd2": Lut(2, 64, *LLOYD[2]),
 }
 
+NONE = np.zeros(())  # the sums of the softmax change nothing here
+
 
 def coded(fmt, x, first=0):
     """x [1, H, N, C] as stored, and its scales."""
@@ -51,7 +53,7 @@ def test_outputs_are_those_of_rounded_weights(name):
     v = np.concatenate([rng.standard_normal((1, 2, first, 64)), v], axis=2)
     p = rng.random((1, 2, 3, first + n))
     integers = Integers([[]], [[own]])
-    got = integers.outputs(p, v)
+    got = integers.outputs(p, NONE, v)
     most = most_integer(fmt.mantissa if isinstance(fmt, Bfp) else fmt.bits)
     want = np.zeros_like(got)
     for h, r, c in np.ndindex(2, 3, 64):
@@ -96,9 +98,9 @@ def test_entries_of_a_sparse_format_are_not_rounded():
         own = Coded(0, dense, dense.scales(fields), codes)
         alone = Coded(0, dense, dense.scales(fields))
         added = p @ (whole - codes)
-        got = Integers([[]], [[own]]).outputs(p, whole)
-        assert np.allclose(got, Integers([[]], [[alone]]).outputs(p, codes[None]) + added)
-        assert not np.allclose(got, Integers([[]], [[alone]]).outputs(p, whole))
+        got = Integers([[]], [[own]]).outputs(p, NONE, whole)
+        assert np.allclose(got, Integers([[]], [[alone]]).outputs(p, NONE, codes[None]) + added)
+        assert not np.allclose(got, Integers([[]], [[alone]]).outputs(p, NONE, whole))
         if not own.per_channel:
             continue
         got = Integers([[own]], [[]]).scores(q, whole, 1.0)
@@ -114,12 +116,12 @@ def test_slices_are_rounded_each_for_itself():
         fields = dense.encode(x[0][..., part])
         stored[..., part] = dense.decode(fields)
         owns.append(Coded(0, dense, dense.scales(fields), dense.decode(fields), part))
-    got = Integers([[]], [owns]).outputs(p, stored)
+    got = Integers([[]], [owns]).outputs(p, NONE, stored)
     scores = EXACT.scores(q, stored, 1.0)
     for part, own in zip(parts, owns, strict=True):
         alone = Coded(0, dense, own.scale)
         one = Integers([[alone]], [[alone]])
-        assert np.allclose(got[..., part], one.outputs(p, stored[..., part]))
+        assert np.allclose(got[..., part], one.outputs(p, NONE, stored[..., part]))
         exact = EXACT.scores(q[..., part], stored[..., part], 1.0)
         scores += one.scores(q[..., part], stored[..., part], 1.0) - exact
     assert np.allclose(got[..., 16:24], (p @ stored)[..., 16:24])
@@ -136,7 +138,7 @@ def test_ties_within_reach_are_counted_as_slack():
     p[..., 0], p[..., 1] = 1.0, 0.25 + 0.5 / 32767
     for near, slack in ((0.0, 0.0), (1e-2, 1.0)):
         integers = Integers([[]], [[own]], near)
-        integers.outputs(p, v)
+        integers.outputs(p, NONE, v)
         assert (integers.slack.max() > 0) == bool(slack)
 
 

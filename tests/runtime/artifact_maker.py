@@ -27,6 +27,10 @@ from kvant.targets import Build
 
 HEADS, CHANNELS, LAYERS = 2, 16, 3
 ORDER, SMOOTH, SINKS = "kvant.k_order", "kvant.k_smooth", "sinks"
+SO = "targets/cpu-test/p0/kernels.so"
+# What refusals say to do.
+COPY = "copy the artifact again from its source, or compile it again"
+COPY_FILES = "copy the artifact again from its source, with `cp -rL`, or compile it again"
 
 
 def plan(bits: int = 4, recent: int = 0, sinks: str | None = None) -> AttentionPlan:

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from kvant.ir.errors import KvantError
+from kvant.ir.halves import Halves
 from kvant.ir.integers import Integers
 from kvant.ir.plan import AttentionPlan
 from kvant.ir.tolerance import score_rounding, share_of_allowed
 from kvant.runtime.cache import Cache
-from kvant.runtime.launch_reference import integers_of, read_stream
+from kvant.runtime.launch_reference import read_stream, rounding_of
 from kvant.runtime.stream import Kernels, Stream
 
 from .cache_bytes import poison
@@ -223,25 +224,26 @@ class Bound:
             for row, one in enumerate(oracle.k)
         ]
         rounding = score_rounding(oracle.queries(q), k, oracle.plan.scale)
-        self.integers = integers_of(oracle.plan, *cache.layers[layer].streams)
+        self.rounding = rounding_of(oracle.plan, *cache.layers[layer].streams)
         self.near, self.slack = 4 * rounding, 0.0
         self.want, self.plain = self._attend(q), self._attend(q, np.float32)
         self.floors = rounding * float(np.abs(v).max(initial=0.0)) + self.slack, rounding
 
     def _attend(self, q: Array, dtype: Any = np.float64) -> tuple[Array, Array]:
-        used: list[Integers] = []
+        used: list[Integers | Halves] = []
 
-        def products(row: int) -> Integers:
-            assert self.integers is not None
-            used.append(Integers([self.integers.k[row]], [self.integers.v[row]], self.near))
+        def products(row: int) -> Integers | Halves:
+            assert self.rounding is not None
+            used.append(self.rounding.row(row))
+            used[-1].near = self.near
             return used[-1]
 
         found = self.oracle.attend(
-            q, self.rows.__getitem__, dtype, products if self.integers else None
+            q, self.rows.__getitem__, dtype, products if self.rounding else None
         )
         spread = self.oracle.plan.v.channels if self.oracle.plan.out_maps else 1
-        for integers in used:
-            self.slack = max(self.slack, spread * float(integers.slack.max(initial=0.0)))
+        for one in used:
+            self.slack = max(self.slack, spread * float(one.slack.max(initial=0.0)))
         return found
 
     def shares(self, out: Array, lse: Array) -> tuple[float, float]:

@@ -16,7 +16,7 @@ from kvant.ir.errors import KvantError
 from kvant.runtime import load
 from kvant.runtime.artifact import read_contents
 
-from .artifact_maker import PLANS, Made, make, reseal, write
+from .artifact_maker import PLANS, SO, Made, reseal, write
 
 WATCHED = ("ctypes.dlopen", "socket.", "pickle.", "subprocess.", "exec", "marshal.load")
 SEEN: list[str] = []
@@ -50,11 +50,6 @@ def watched_load(path: Path) -> tuple[KvantError | None, list[str]]:
 
 def files_of(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
-@pytest.fixture
-def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Made:
-    return make(tmp_path / "tiny.kvant", monkeypatch)
 
 
 @pytest.fixture(autouse=True)
@@ -217,10 +212,10 @@ def test_files_of_two_artifacts_do_not_mix(made: Made, tmp_path: Path) -> None:
 
 def test_verified_bytes_are_what_is_used(made: Made) -> None:
     contents = read_contents(made.folder)
-    path = made.folder / "targets/cpu-test/p0/kernels.so"
+    path = made.folder / SO
     before = path.read_bytes()
     path.write_bytes(b"changed after the check")
-    assert contents.files["targets/cpu-test/p0/kernels.so"] == before
+    assert contents.files[SO] == before
 
 
 def test_bad_constants_are_refused_before_native_code(made: Made, tmp_path: Path) -> None:

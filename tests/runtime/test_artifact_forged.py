@@ -4,7 +4,6 @@ import copy
 import json
 import random
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,17 +12,12 @@ from kvant.ir.errors import KvantError
 from kvant.runtime import load
 from kvant.runtime.strict_json import canonical
 
-from .artifact_maker import Made, make, reseal, seal_raw
+from .artifact_maker import Made, reseal, seal_raw
 
 ODD: tuple[Any, ...] = (
     None, True, 0, -1, 2**53, 0.5, -0.0, 1e300, "", "p0", "../x", "k", "é",
     [], [[]], {}, {"kind": "int"}, [None],
 )  # fmt: skip
-
-
-@pytest.fixture
-def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Made:
-    return make(tmp_path / "tiny.kvant", monkeypatch)
 
 
 def places(value: Any) -> Iterator[tuple[Any, Any]]:

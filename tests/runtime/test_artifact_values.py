@@ -13,14 +13,9 @@ from safetensors.numpy import save as save_arrays
 from kvant.runtime import load
 from kvant.runtime.strict_json import canonical
 
-from .artifact_maker import ORDER, SINKS, SMOOTH, Made, expect, make, refusal, reseal
+from .artifact_maker import ORDER, SINKS, SMOOTH, Made, expect, refusal, reseal
 
 CONSTANTS_FIX = "compile the artifact again; if the constants are your own, correct them"
-
-
-@pytest.fixture
-def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Made:
-    return make(tmp_path / "tiny.kvant", monkeypatch)
 
 
 def edit_json(path: Path, change: Callable[[Any], object]) -> None:

@@ -16,11 +16,6 @@ from .artifact_maker import INTEGER_PLANS, PLANS, Made, make, sparse_plans
 Kernels = launch_reference.Kernels
 
 
-@pytest.fixture
-def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Made:
-    return make(tmp_path / "tiny.kvant", monkeypatch)
-
-
 class Right(Kernels):
     """Float32 noise of the size that compiled kernels have."""
 

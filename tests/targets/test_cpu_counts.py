@@ -36,40 +36,43 @@ PLANS = {
     "bfp": headline(Bfp(4, 32), Bfp(4, 32)),
     "lut4": headline(Lut(4, 128, *LLOYD[4]), Lut(4, 128, *LLOYD[4])),
 }
-# (keys, values), for each element of a KV head and all query heads of its group.
+# (keys, values), for each element of a KV head and all query heads of its group. lut4 on x86-64-v3
+# rose from 0.59 to 0.60 for values, when steps of rows became neighbours; its whole step fell.
 BUDGET = {
     ("int4", "x86-64-v3"): (0.355, 0.42),
-    ("int4", "znver4"): (0.14, 0.16),
-    ("int4", "neoverse-v2"): (0.65, 0.75),
+    ("int4", "znver4"): (0.12, 0.155),
+    ("int4", "neoverse-v2"): (0.41, 0.53),
     ("int4-mha", "x86-64-v3"): (0.16, 0.17),
-    ("int4-mha", "znver4"): (0.06, 0.07),
+    ("int4-mha", "znver4"): (0.06, 0.06),
     ("int8", "x86-64-v3"): (0.66, 0.69),
     ("int8", "znver4"): (0.27, 0.23),
+    ("int8", "neoverse-v2"): (0.73, 0.94),
+    ("int8", "apple-m1"): (0.80, 0.94),
     ("int2", "x86-64-v3"): (0.39, 0.42),
-    ("int2", "znver4"): (0.14, 0.17),
+    ("int2", "znver4"): (0.115, 0.15),
     ("int3", "znver4"): (0.19, 0.22),
     ("kivi-4bit", "x86-64-v3"): (0.36, 0.42),
-    ("kivi-4bit", "znver4"): (0.14, 0.13),
-    ("bfp", "znver4"): (0.19, 0.13),
-    ("lut4", "x86-64-v3"): (0.53, 0.59),
-    ("lut4", "znver4"): (0.16, 0.20),
-    ("lut4", "neoverse-v2"): (0.75, 0.92),
+    ("kivi-4bit", "znver4"): (0.14, 0.125),
+    ("bfp", "znver4"): (0.19, 0.125),
+    ("lut4", "x86-64-v3"): (0.53, 0.60),
+    ("lut4", "znver4"): (0.135, 0.18),
+    ("lut4", "neoverse-v2"): (0.47, 0.59),
 }
 # All instructions of one step over 4,096 tokens of 8x2x128 on x86-64-v3, for each element of a KV
 # head: in floats or integers, whatever the loops look like.
 STEP = {
-    "dense-sparse-4bit": 0.85,
-    "int4-token": 0.60,
-    "int8-token": 0.91,
-    "kivi-2bit": 0.96,
-    "kivi-4bit": 0.92,
-    "ksort-bfp": 0.85,
-    "nf4": 0.84,
-    "qserve-kv4": 0.60,
-    "quarot-kv2": 0.60,
-    "quarot-kv4": 0.60,
-    "split-2bit": 0.73,
-    "turboquant-4bit": 0.77,
+    "dense-sparse-4bit": 0.79,
+    "int4-token": 0.545,
+    "int8-token": 0.85,
+    "kivi-2bit": 0.83,
+    "kivi-4bit": 0.85,
+    "ksort-bfp": 0.79,
+    "nf4": 0.80,
+    "qserve-kv4": 0.545,
+    "quarot-kv2": 0.55,
+    "quarot-kv4": 0.55,
+    "split-2bit": 0.67,
+    "turboquant-4bit": 0.735,
 }
 # Lower than this share of its budget, a count shows that the budget is out of date.
 SLACK = 0.85
@@ -172,7 +175,7 @@ def test_a_stream_in_floats_has_no_count_and_says_why() -> None:
     mixed = headline(Raw("bf16"), INT4)
     assert path_of(mixed, "k", v3) == "floats (raw formats are read in floats)"
     assert path_of(mixed, "v", v3) == "integer dot products (pmaddubsw, pmaddwd)"
-    assert path_of(mixed, "v", CPUS["neoverse-v2"]) == "integer dot products (usdot)"
+    assert path_of(mixed, "v", CPUS["neoverse-v2"]) == "integer dot products (usdot, udot)"
     sinks = plan_of(INT4, INT4, d=128, compute="int", k_tokens={"sink": 4})
     assert why_floats(sinks, "k") is None
     assert "different numbers of first tokens" in str(why_floats(sinks, "v"))

@@ -4,7 +4,7 @@ import json
 import os
 import resource
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,8 +12,11 @@ import pytest
 import torch
 
 import kvant
+from kvant.ir.arrangements import ROWS, TILES
 from kvant.ir.encodings import Sparse
 from kvant.ir.errors import KvantError
+from kvant.ir.plan import AttentionPlan
+from kvant.runtime.launch_reference import Kernels as Reference
 from kvant.runtime.machine import this_gpu
 from kvant.runtime.memory import TorchMemory
 from kvant.runtime.verify import verify
@@ -26,6 +29,7 @@ from ..runtime.cache_bytes import stored_bytes
 from ..runtime.cache_runner import random_kv
 from .cpu_cases import KIVI, PLANS, constants_of, int_format, loaded, plan_of
 from .gpu_interpreter import Interpreter, interpreted
+from .gpu_tile_plans import TILED
 
 KINDS_OF_PLAN = "int4-token-int kivi-2bit bfp lut slices dense-sparse sparse maps".split()
 SECONDS = 10.0  # of a processor, for one binary
@@ -179,12 +183,12 @@ def test_an_array_that_is_not_aligned_is_copied() -> None:
     assert caught.value.code == "wrong-device"
 
 
-@pytest.mark.parametrize("name", [*KINDS_OF_PLAN, "int3-d96"])
+@pytest.mark.parametrize("name", [*KINDS_OF_PLAN, "int3-d96", "int8-groups"])
 def test_pages_are_those_of_the_cpu(name: str) -> None:
     """Both targets store the bytes of `ir/encodings`, so what one wrote the other can read."""
     from kvant.runtime.cache import Cache
 
-    plan = PLANS[name]
+    plan = (TILED | PLANS)[name]
     k, v = random_kv(np.random.default_rng(5), plan, 2, 150)
     found = []
     for kernels in (interpreted, loaded):
@@ -192,7 +196,45 @@ def test_pages_are_those_of_the_cpu(name: str) -> None:
         cache.append(0, k, v)
         cache.flush()
         found.append(stored_bytes(cache))
+        if name == "int8-groups":  # two scales a token, so their order in a page matters
+            assert (cache.layers[0].k.layout.kind == TILES) == (kernels is interpreted)
     assert found[0] == found[1]
+
+
+@dataclass
+class Stored:
+    """Stands for an artifact of one layer."""
+
+    plans: tuple[AttentionPlan, ...]
+    kernels: Any
+    id: str = "a1"
+
+
+def test_a_state_file_of_tiles_is_restored_in_rows(tmp_path: Any) -> None:
+    """A file holds pages in rows: what a GPU saved goes on elsewhere, and comes back."""
+    from kvant.runtime.cache import Cache
+    from kvant.runtime.restore import restore
+
+    plan = TILED["int8-groups"]
+    own = interpreted([plan], [{}])
+    cache = Cache([plan], own, batch=2, max_tokens=256, start=[0, 9], artifact_id="a1")
+    rng = np.random.default_rng(6)
+    for tokens in (140, 20):
+        cache.append(0, *random_kv(rng, plan, 2, tokens))
+    assert cache.layers[0].k.layout.kind == cache.layers[0].v.layout.kind == TILES
+    cache.save(tmp_path / "state")
+    there = restore(Stored((plan,), Reference([plan], [{}])), tmp_path / "state")
+    assert there.layers[0].k.layout.kind == ROWS
+    assert stored_bytes(there) == stored_bytes(cache)
+    q = rng.normal(size=(2, plan.q_heads, 1, plan.k.channels)).astype(np.float32)
+    # Rows are not rounded as tiles are: float16 has 11 digits.
+    np.testing.assert_allclose(there.attend(0, q), cache.attend(0, q), rtol=0, atol=2e-3)
+    there.save(tmp_path / "back")
+    assert (tmp_path / "back").read_bytes() == (tmp_path / "state").read_bytes()
+    back = restore(Stored((plan,), own), tmp_path / "back")
+    assert back.layers[0].k.layout.kind == TILES
+    assert stored_bytes(back) == stored_bytes(cache)
+    assert np.array_equal(back.attend(0, q), cache.attend(0, q))
 
 
 def test_one_artifact_for_a_cpu_and_a_gpu(tmp_path: Any) -> None:

@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 
 from kvant.targets.cpu import emit
-from kvant.targets.cpu_rows import blocks, row_stride
+from kvant.targets.cpu_rows import blocks, row_stride, split_tokens
 from kvant.targets.gpu import emit as emit_gpu
 from kvant.targets.machines import CPUS
-from kvant.targets.source import split_tokens
 
 from .cpu_cases import DENSE_SPARSE, HEADLINE, INTEGER, KIVI, PLANS, SPLIT
 
@@ -34,6 +33,7 @@ CASES = {
 GPU_CASES = (
     "dense-sparse.attend",
     "dense-sparse.encode_v",
+    "int4-token-int.attend",  # whole tiles
     "int4-token.encode_v",
     "kivi-2bit.attend",
     "lut3-int.encode_k",

@@ -1,0 +1,116 @@
+"""The 16-bit kernel that instruction counts are compared with: attention over a cache of float16.
+
+As straightforward as can be and as good as its form allows: whole tiles alone, no masks, keys and
+values as they are stored, asynchronous copies, one product a tile. In two forms:
+
+    rows      query heads are the sixteen rows of a matrix product, as FlashAttention's split kernel
+              and most public decoding kernels have it
+    tokens    tokens are the rows and query heads eight columns, as in our own kernels
+"""
+
+from kvant.ir.halves import TILE
+from kvant.ir.plan import AttentionPlan
+from kvant.targets.gpu_text import Kernel, padded
+from kvant.targets.source import Source, split_tokens
+
+FORMS = ("rows", "tokens")
+HEAD = '"""A kernel of float16 to compare with, written by kvant."""\n\n'
+HEAD += "import triton\nimport triton.language as tl\n"
+ARRAYS = {
+    "query": "float32",
+    "k_table": "int64",
+    "v_table": "int64",
+    "k_float16": "float16",
+    "v_float16": "float16",
+    "part_out": "float32",
+    "part_max": "float32",
+    "part_sum": "float32",
+}
+
+
+def fp16_attend(plan: AttentionPlan, form: str) -> Source[Kernel]:
+    """Return the kernel attend of a plan of raw float16.
+
+    Args:
+        plan: keys and values in float16, no sink, no window.
+        form: one of FORMS.
+    """
+    kernel = Kernel("attend", warps=1)
+    for name, dtype in ARRAYS.items():
+        kernel.array(name, dtype)
+    for name in ("k_max_pages", "v_max_pages", "parts", "rows"):
+        kernel.scalar(name)
+    write = {"rows": _write_rows, "tokens": _write_tokens}[form]
+    write(kernel, plan)
+    return Source(plan, (kernel,), HEAD)
+
+
+def _write_start(kernel: Kernel, plan: AttentionPlan, rows: int) -> None:
+    kernel.line("bh = tl.program_id(0).to(tl.int64)")
+    kernel.line(f"b = bh // {plan.k.heads}")
+    kernel.line(f"h = bh % {plan.k.heads}")
+    kernel.line("split = tl.program_id(1)")
+    kernel.line(f"row = tl.arange(0, {rows})")
+    kernel.line(f"c = tl.arange(0, {padded(plan.k.channels)})")
+    kernel.line(f"t = tl.arange(0, {TILE})")
+    kernel.line(f'best = tl.full(({rows},), float("-inf"), tl.float32)')
+    tiles = split_tokens(plan) // TILE
+    kernel.line(f"first = split * {tiles}")
+    kernel.line(f"last = first + {tiles}")
+
+
+def _write_block(kernel: Kernel, plan: AttentionPlan, role: str, at: str) -> None:
+    """Load a tile; `at` is where an element of a head block lies."""
+    layout = (plan.k if role == "k" else plan.v).page_layout()
+    size = layout.tokens // TILE
+    page = "tile" if size == 1 else f"tile // {size}"
+    inside = "" if size == 1 else f" + tile % {size} * {TILE * layout.channels}"
+    kernel.line(f"page = tl.load({role}_table + b * {role}_max_pages + {page})")
+    block = f"page * {layout.page_bytes // 2} + h * {layout.head_bytes // 2}{inside}"
+    kernel.line(f"{role} = tl.load({role}_float16 + {block} + {at})")
+
+
+def _write_rows(kernel: Kernel, plan: AttentionPlan) -> None:
+    rows, d = max(16, padded(plan.group)), plan.k.channels
+    _write_start(kernel, plan, rows)
+    kernel.line(f"q = tl.load(query + (bh * rows + row)[:, None] * {d} + c[None, :])")
+    kernel.line("q = q.to(tl.float16)")
+    kernel.line(f"total = tl.zeros(({rows}, {TILE}), tl.float32)")
+    kernel.line(f"out = tl.zeros(({rows}, {d}), tl.float32)")
+    with kernel.block("for tile in tl.range(first, last, num_stages=3)"):
+        _write_block(kernel, plan, "k", f"t[:, None] * {d} + c[None, :]")
+        kernel.line("score = tl.dot(q, tl.trans(k))")
+        kernel.line("most = tl.maximum(best, tl.max(score, axis=1))")
+        kernel.line("weight = tl.exp2(score - most[:, None])")
+        kernel.line("shrink = tl.exp2(best - most)[:, None]")
+        kernel.line("best = most")
+        kernel.line("total = total * shrink + weight")
+        _write_block(kernel, plan, "v", f"t[:, None] * {d} + c[None, :]")
+        kernel.line("out = tl.dot(weight.to(tl.float16), v, out * shrink)")
+    kernel.line("part = (bh * parts + split) * rows + row")
+    kernel.line("tl.store(part_max + part, best)")
+    kernel.line("tl.store(part_sum + part, tl.sum(total, axis=1))")
+    kernel.line(f"tl.store(part_out + part[:, None] * {d} + c[None, :], out)")
+
+
+def _write_tokens(kernel: Kernel, plan: AttentionPlan) -> None:
+    rows, d = max(8, padded(plan.group)), plan.k.channels
+    _write_start(kernel, plan, rows)
+    kernel.line(f"q = tl.load(query + (bh * rows + row)[None, :] * {d} + c[:, None])")
+    kernel.line("q = q.to(tl.float16)")
+    kernel.line(f"total = tl.zeros(({TILE}, {rows}), tl.float32)")
+    kernel.line(f"out = tl.zeros(({d}, {rows}), tl.float32)")
+    with kernel.block("for tile in tl.range(first, last, num_stages=3)"):
+        _write_block(kernel, plan, "k", f"t[:, None] * {d} + c[None, :]")
+        kernel.line("score = tl.dot(k, q)")
+        kernel.line("most = tl.maximum(best, tl.max(score, axis=0))")
+        kernel.line("weight = tl.exp2(score - most[None, :])")
+        kernel.line("shrink = tl.exp2(best - most)[None, :]")
+        kernel.line("best = most")
+        kernel.line("total = total * shrink + weight")
+        _write_block(kernel, plan, "v", f"t[None, :] * {d} + c[:, None]")
+        kernel.line("out = tl.dot(v, weight.to(tl.float16), out * shrink)")
+    kernel.line("part = (bh * parts + split) * rows + row")
+    kernel.line("tl.store(part_max + part, best)")
+    kernel.line("tl.store(part_sum + part, tl.sum(total, axis=0))")
+    kernel.line(f"tl.store(part_out + part[None, :] * {d} + c[:, None], out)")

@@ -1,0 +1,115 @@
+"""Outputs of a whole tile: weights in float16 and their products with codes of values."""
+
+from __future__ import annotations
+
+from ..ir.arrangements import TILES
+from ..ir.plan import AttentionPlan
+from .gpu_pages import PageReader
+from .gpu_sources import pieces_of
+from .gpu_text import LN_2, LOG2_E, Kernel, both, down
+from .gpu_tiles import (
+    Block,
+    affine,
+    groups_of,
+    has_zero,
+    middle_of,
+    scale_of,
+    write_block,
+    zero_of,
+)
+
+LARGEST_LIFT = 40
+"""Exponents of scales are taken out of weights up to here: float16 holds the rest of any f16."""
+
+
+def write_sums(kernel: Kernel, v: tuple[Block, ...], rows: int, n: int) -> None:
+    """Bind the outputs, and what the loop adds up beside them."""
+    for reader, group, cells in groups_of(v):
+        for cell in cells:
+            kernel.line(f"{cell.out} = tl.zeros(({cell.block.wide}, {rows}), tl.float32)")
+        if has_zero(reader):
+            kernel.line(f"{reader.name}_zeros_{group} = tl.zeros(({n}, {rows}), tl.float32)")
+        if middle_of(reader):
+            kernel.line(f"{reader.name}_weights_{group} = tl.zeros((16, {rows}), tl.float32)")
+
+
+def write_weights(kernel: Kernel, plan: AttentionPlan, v: tuple[Block, ...]) -> None:
+    """Bind `weight`, the exponentials, and <part>_w_g, times the scales of group g, in float16."""
+    groups = groups_of(v)
+    for reader, group, _ in groups:
+        kernel.line(f"{reader.name}_scale_{group} = {scale_of(reader, group)}")
+    kernel.note("the largest score, less the exponent of the largest scale, as a whole number")
+    names = [f"{reader.name}_scale_{group}" for reader, group, _ in groups]
+    largest = names[0]
+    for name in names[1:]:
+        largest = f"tl.maximum({largest}, {name})"
+    kernel.line(f"bits = tl.max({largest}, axis=0).to(tl.int32, bitcast=True)")
+    lift = f"tl.minimum(tl.maximum((bits >> 23) - 126, -{LARGEST_LIFT}), {LARGEST_LIFT})"
+    kernel.line(f"lift = ({lift}).to(tl.float32)")
+    factor = str(LOG2_E) if plan.softcap is not None else "factor"
+    across = factor if plan.softcap is not None else "factor[None, :]"
+    kernel.line(f"most = tl.maximum(best, tl.ceil(tl.max(score, axis=0) * {factor}) + lift)")
+    kernel.line(f"weight = tl.exp2(score * {across} - most[None, :])")
+    kernel.line("shrink = tl.exp2(best - most)[None, :]")
+    kernel.line("best = most")
+    kernel.line("total = total * shrink + weight")
+    for reader, group, _ in groups:
+        name, own = f"{reader.name}_w_{group}", f"{reader.name}_scale_{group}"
+        kernel.line(f"{name} = (weight * {own}[:, None]).to(tl.float16)")
+        if has_zero(reader):
+            kernel.line(f"zero = {_zero_of_middle(reader, group)}")
+            zeros = f"{reader.name}_zeros_{group}"
+            kernel.line(f"{zeros} = {zeros} * shrink + weight * zero[:, None]")
+
+
+def _zero_of_middle(reader: PageReader, group: int) -> str:
+    """Return what the middle code of a tile's tokens stands for, f32 [N]."""
+    fmt, scale = affine(reader), f"{reader.name}_scale_{group}"
+    middle = middle_of(reader)
+    if fmt.zero == "int":
+        return f"({float(middle)} - {zero_of(reader, group)}) * {scale}"
+    return zero_of(reader, group) + (f" + {float(middle)} * {scale}" if middle else "")
+
+
+def write_values(kernel: Kernel, v: tuple[Block, ...], n: int) -> None:
+    """Add the products of weights and codes to the outputs of each cell."""
+    for block in v:
+        write_block(kernel, block, down=False)
+    for reader, group, cells in groups_of(v):
+        weights = f"{reader.name}_w_{group}"
+        for cell in cells:
+            kernel.line(f"{cell.out} = tl.dot({cell.operand}, {weights}, {cell.out} * shrink)")
+        if middle_of(reader):
+            ones = f"tl.full((16, {n}), 1.0, tl.float16)"
+            own = f"{reader.name}_weights_{group}"
+            kernel.line(f"{own} = tl.dot({ones}, {weights}, {own} * shrink)")
+
+
+def write_partials(kernel: Kernel, plan: AttentionPlan, v: tuple[Block, ...]) -> None:
+    """Store the split's share of the result."""
+    kernel.note("the split's share of the result; zero points are the same for all of a scale")
+    kernel.line("part = (bh * parts + split) * rows + row")
+    kernel.line(f"tl.store(part_max + part, best * {LN_2}, mask=exists)")
+    kernel.line("tl.store(part_sum + part, tl.sum(total, axis=0), mask=exists)")
+    for reader, group, cells in groups_of(v):
+        terms = []
+        if has_zero(reader):
+            terms.append(f"tl.sum({reader.name}_zeros_{group}, axis=0)")
+        if middle_of(reader):
+            # All sixteen rows are the same sum.
+            sums = f"tl.max({reader.name}_weights_{group}, axis=0)"
+            terms.append(f"- {float(middle_of(reader))} * {sums}")
+        if terms:
+            kernel.line(f"more = ({' '.join(terms)})[None, :]")
+        for cell in cells:
+            inside = cell.inside
+            at = f"part[None, :] * {plan.v.channels} + ({cell.channels})[:, None]"
+            out = f"{cell.out} * {1.0 / cell.unit!r}" + (" + more" if terms else "")
+            mask = both("exists[None, :]", f"({inside})[:, None]" if inside else "")
+            kernel.line(f"tl.store(part_out + {at}, {out}, mask={mask})")
+    for piece in pieces_of(plan.v, TILES):
+        if not piece.reader.is_stored:
+            piece.reader.write_columns(kernel)
+            at = f"part[None, :] * {plan.v.channels} + {down(piece.channels)}"
+            mask = both("exists[None, :]", down(piece.reader.columns))
+            kernel.line(f"tl.store(part_out + {at}, 0.0, mask={mask})")

@@ -1,0 +1,166 @@
+"""The kernel attend where pages are tiles: products of what they hold, as they hold it.
+
+A split is C tokens behind the sink, more in long rows; it takes the whole tiles among them, and
+`gpu_rest.py` what is left of the row. Bounds depend on the row's length alone. In whole tiles
+nothing is masked, nothing is converted but to what matrix units take, and no scale meets a code:
+
+    keys        with scales of tokens, products with integers of q, exactly; scale and zero point
+                go on the score. With scales of channels these go on q, in float16
+    values      scale goes on the weight, in float16; zero points and middles are summed beside
+    units       powers of two that unpacking leaves in a product are taken out once, at the end
+
+The loop is pipelined: blocks of the next tiles are copied to shared memory behind the products.
+"""
+
+from __future__ import annotations
+
+from ..ir.arrangements import TILES
+from ..ir.halves import TILE
+from ..ir.plan import AttentionPlan, StreamPlan
+from .gpu_attend import declare, decode_rows
+from .gpu_keys import write_queries, write_scores
+from .gpu_pages import declare_pages
+from .gpu_rest import write_rest
+from .gpu_sequences import Entries, Sequence
+from .gpu_text import Dialect, Kernel
+from .gpu_tiles import (
+    Block,
+    blocks_of,
+    kinds,
+    step_tokens,
+)
+from .gpu_values import write_partials, write_sums, write_values, write_weights
+from .source import split_tokens
+
+MOST_REGISTERS = 255
+MOST_SPLITS = 128
+"""Splits of a row: merging more takes longer than they save."""
+
+
+def attend_tiles(plan: AttentionPlan, dialect: Dialect) -> Kernel:
+    """Return the kernel attend of a plan whose pages are tiles: one query a row, all of its heads.
+
+    Programs [0, splits) of a KV head take the whole tiles of C tokens each; those behind take a
+    part of the rest each (`gpu_rest.py`). Grid: (B H, parts).
+    """
+    # NOTE: left to itself, the assembler gives one warp 64 registers, and spills.
+    kernel = Kernel("attend", warps=warps_of(plan), registers=MOST_REGISTERS)
+    rows = decode_rows(plan, dialect)
+    k, v = key_blocks(plan, dialect), blocks_of(plan.v, TILES, halves=True)
+    declare(kernel, plan)
+    _declare(kernel, plan, k, v)
+    kernel.line("bh = tl.program_id(0).to(tl.int64)")
+    kernel.line(f"b = bh // {plan.k.heads}")
+    kernel.line(f"h = bh % {plan.k.heads}")
+    kernel.line("split = tl.program_id(1)")
+    kernel.line("length = tl.load(length_of + b)")
+    for role in ("k", "v"):
+        kernel.line(f"{role}_end = tl.minimum(tl.load({role}_encoded + b), length)")
+    _write_bounds(kernel, plan)
+    with kernel.block("if split < splits"):
+        _write_split(kernel, plan, rows, k, v, dialect.stages)
+    with kernel.block("else"):
+        write_rest(kernel, plan, rows, dialect)
+    return kernel
+
+
+def _write_split(
+    kernel: Kernel,
+    plan: AttentionPlan,
+    rows: int,
+    k: tuple[Block, ...],
+    v: tuple[Block, ...],
+    stages: int,
+) -> None:
+    """Attend to the whole tiles of one split."""
+    least, n = split_tokens(plan) // TILE, step_tokens(plan)
+    each = "" if n == TILE else f" * {TILE // n}"
+    kernel.note(f"at least {least} tiles a split, and at most {MOST_SPLITS} splits a row")
+    kernel.line(f"tiles = tl.maximum((last_tile + {MOST_SPLITS - 1}) // {MOST_SPLITS}, {least})")
+    kernel.line(f"first = tl.maximum(split * tiles, first_tile){each}")
+    kernel.line(f"last = tl.minimum(split * tiles + tiles, last_tile){each}")
+    kernel.line(f"row = tl.arange(0, {rows})")
+    kernel.line(f"exists = row < {plan.group}")
+    write_queries(kernel, plan, k)
+    kernel.note("sums: the largest score in powers of two, the denominator, the outputs")
+    kernel.line(f'best = tl.full(({rows},), float("-inf"), tl.float32)')
+    kernel.line(f"total = tl.zeros(({n}, {rows}), tl.float32)")
+    write_sums(kernel, v, rows, n)
+    with kernel.block(f"for tile in tl.range(first, last, num_stages={stages})"):
+        kernel.line(f"place = tile * {n}")
+        kernel.note("keys")
+        _write_place(kernel, plan.k, n)
+        write_scores(kernel, plan, k)
+        kernel.note("values")
+        _write_place(kernel, plan.v, n)
+        write_weights(kernel, plan, v)
+        write_values(kernel, v, n)
+    write_partials(kernel, plan, v)
+
+
+def key_blocks(plan: AttentionPlan, dialect: Dialect) -> tuple[Block, ...]:
+    """Return the blocks of the keys: bytes where the products are exact in i8."""
+    is_bytes = dialect.has_bytes and plan.query_bits == 8
+    return blocks_of(plan.k, TILES, halves=not is_bytes)
+
+
+def sequences_of(plan: AttentionPlan, dialect: Dialect) -> set[Sequence | Entries]:
+    """Return the sequences that the kernels of a plan call."""
+    if kinds(plan) != (TILES, TILES):
+        return set()
+    blocks = (*key_blocks(plan, dialect), *blocks_of(plan.v, TILES, halves=True))
+    return {cell.sequence for block in blocks for cell in block.cells}
+
+
+def warps_of(plan: AttentionPlan) -> int:
+    """Return the warps of a block of attend.
+
+    One, as long as it can hold the outputs: warps that share a tile repeat what belongs to tokens
+    and to queries, and wait for one another. docs/gpu.md has the counts.
+    """
+    return 1 if plan.v.channels <= 128 else 2
+
+
+def _declare(
+    kernel: Kernel, plan: AttentionPlan, k: tuple[Block, ...], v: tuple[Block, ...]
+) -> None:
+    for stream, blocks in ((plan.k, k), (plan.v, v)):
+        declare_pages(kernel, stream)
+        kernel.array(
+            f"{stream.role}_int16" if blocks[0].halves else f"{stream.role}_int8",
+            "int16" if blocks[0].halves else "int8",
+        )
+    kernel.scalar("splits")
+    if plan.query_bits is not None:
+        kernel.array("query_codes", f"int{plan.query_bits}")
+        kernel.array("query_step", "float32")
+    else:
+        kernel.array("k_int32", "int32")
+
+
+def _write_bounds(kernel: Kernel, plan: AttentionPlan) -> None:
+    """Bind the whole tiles of the row, [first_tile, last_tile), and their positions."""
+    sink = f" - {plan.k.tokens.sink}" if plan.k.tokens.sink else ""
+    kernel.note("whole tiles, counted from the sink: all tokens are encoded, and seen")
+    encoded = f"tl.maximum(tl.minimum(k_end, v_end){sink}, 0)"
+    kernel.line(f"last_tile = ({encoded} // {TILE}).to(tl.int32)")
+    if plan.window is None:
+        kernel.line("oldest = length * 0")
+        kernel.line("first_tile = last_tile * 0")
+    else:
+        kernel.line(f"oldest = tl.maximum(length - {plan.window}, 0)")
+        behind = f"tl.maximum(oldest{sink}, 0)"
+        kernel.line(f"first_tile = (({behind} + {TILE - 1}) // {TILE}).to(tl.int32)")
+    for name in ("first", "last"):
+        end = "begin" if name == "first" else "end"
+        more = f" + {plan.k.tokens.sink}" if plan.k.tokens.sink else ""
+        kernel.line(f"whole_{end} = {name}_tile.to(tl.int64) * {TILE}{more}")
+
+
+def _write_place(kernel: Kernel, stream: StreamPlan, n: int) -> None:
+    """Bind the first byte of the page, and the tokens of the tile in it."""
+    role, layout, size = stream.role, stream.page_layout(), stream.page_tokens
+    kernel.line(f"{role}_page = tl.load({role}_table + b * {role}_max_pages + place // {size})")
+    kernel.line(f"{role}_block = {role}_page * {layout.page_bytes} + h * {layout.head_bytes}")
+    inside = "" if size == n else f"place % {size} + "
+    kernel.line(f"{role}_t = {inside}tl.arange(0, {n})")

@@ -1,0 +1,158 @@
+"""An evaluator of the few instructions of `targets/gpu_sequences.py`, on arrays of registers.
+
+It reads the call of `inline_asm_elementwise` in the emitted source. Meanings are those of the PTX
+and the GCN manuals; an instruction that is not in the tables is an error. An output that is not
+marked as written early shares the register of the operand, as a compiler may have it.
+"""
+
+import ast
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, np.dtype[Any]]
+WORD = 0xFFFFFFFF
+
+
+def bytes_of(x: Array) -> Array:
+    return (x[..., None] >> (8 * np.arange(4))) & 255
+
+
+def prmt(a: Array, b: Array, selector: Array) -> Array:
+    """Byte i is byte s of b:a; with bit 3 of s set, eight copies of the sign of that byte."""
+    pool = np.concatenate([bytes_of(a), bytes_of(b)], axis=-1)
+    nibbles = (selector[..., None] >> (4 * np.arange(4))) & 15
+    picked = np.take_along_axis(pool, nibbles & 7, axis=-1)
+    picked = np.where(nibbles & 8, (picked >> 7) * 255, picked)
+    return (picked << (8 * np.arange(4))).sum(axis=-1)
+
+
+def perm(high: Array, low: Array, selector: Array) -> Array:
+    """v_perm_b32: byte i is byte s of {high, low}, low first; 8..11 signs, 12 zero, above 255."""
+    pool = np.concatenate([bytes_of(low), bytes_of(high)], axis=-1)
+    numbers = bytes_of(selector)
+    picked = np.take_along_axis(pool, numbers & 7, axis=-1)
+    signs = (np.take_along_axis(pool, (2 * (numbers & 3) + 1), axis=-1) >> 7) * 255
+    picked = np.where(numbers >= 8, signs, picked)
+    picked = np.where(numbers >= 12, 0, picked)
+    return (np.where(numbers > 12, 255, picked) << (8 * np.arange(4))).sum(axis=-1)
+
+
+def lop3(a: Array, b: Array, c: Array, table: Array) -> Array:
+    """Bit by bit, the bit 4 a + 2 b + c of the table."""
+    bits = np.arange(32)
+    index = sum(((x[..., None] >> bits) & 1) << i for i, x in ((2, a), (1, b), (0, c)))
+    return (((table[..., None] >> index) & 1) << bits).sum(axis=-1)
+
+
+def shift_right(x: Array, by: Array) -> Array:
+    """PTX clamps the count: 32 and more give zero."""
+    return np.where(by < 32, x >> np.minimum(by, 31), 0)
+
+
+def shift_left(x: Array, by: Array) -> Array:
+    return np.where(by < 32, x << np.minimum(by, 31), 0)
+
+
+OPCODES: dict[str, Callable[..., Array]] = {
+    # PTX ISA, "Logic and Shift Instructions", "Data Movement".
+    "mov.b32": lambda a: a,
+    "and.b32": lambda a, b: a & b,
+    "or.b32": lambda a, b: a | b,
+    "xor.b32": lambda a, b: a ^ b,
+    "not.b32": lambda a: ~a,
+    "shr.b32": shift_right,
+    "shr.u32": shift_right,
+    "shl.b32": shift_left,
+    "prmt.b32": prmt,
+    "lop3.b32": lop3,
+    # CDNA3 ISA, VOP1, VOP2 and VOP3; "rev" takes the count first, of which 5 bits count.
+    "v_mov_b32": lambda a: a,
+    "v_and_b32": lambda a, b: a & b,
+    "v_or_b32": lambda a, b: a | b,
+    "v_xor_b32": lambda a, b: a ^ b,
+    "v_lshrrev_b32": lambda by, x: x >> (by & 31),
+    "v_lshlrev_b32": lambda by, x: x << (by & 31),
+    "v_and_or_b32": lambda a, b, c: (a & b) | c,
+    "v_lshl_or_b32": lambda a, by, c: (a << (by & 31)) | c,
+    "v_bfe_u32": lambda a, by, width: (a >> (by & 31)) & ((1 << (width & 31)) - 1),
+    "v_perm_b32": perm,
+}
+
+
+class UnknownInstruction(AssertionError):
+    """The evaluator has no meaning for it: add it, from the manual."""
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """One call of `inline_asm_elementwise`.
+
+    Attributes:
+        lines: instructions.
+        outputs: constraints of $0, $1, ...; one operand follows them.
+        operand: constraint of the operand.
+        pack: elements of a register.
+        dtypes: of the results.
+    """
+
+    lines: tuple[str, ...]
+    outputs: tuple[str, ...]
+    operand: str
+    pack: int
+    dtypes: tuple[str, ...]
+
+
+def assembly_of(source: str) -> Assembly | None:
+    """Read the emitted function; None where it is plain Triton."""
+    calls = [
+        node
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "tl.inline_asm_elementwise"
+    ]
+    if not calls:
+        return None
+    (call,) = calls
+    text, constraints, arguments = (ast.unparse(x) for x in call.args)
+    assert arguments == "[x]", arguments
+    options = {word.arg: ast.unparse(word.value) for word in call.keywords}
+    assert options["is_pure"] == "True"
+    *outputs, operand = ast.literal_eval(constraints).split(",")
+    body = ast.literal_eval(text).strip()
+    if body.startswith("{"):
+        assert body.endswith("}"), body
+        body = re.sub(r"^\{\s*\.reg \.b32 [\w, ]+;", "", body).removesuffix("}")
+    lines = tuple(line.strip() for line in re.split(r"[;\n]", body) if line.strip())
+    dtypes = tuple(re.findall(r"tl\.(\w+)", options["dtype"]))
+    assert len(dtypes) == len(outputs)
+    return Assembly(lines, tuple(outputs), operand, int(options["pack"]), dtypes)
+
+
+def evaluated(assembly: Assembly, x: Array) -> tuple[Array, ...]:
+    """Return the output registers for registers x, uint32 in int64.
+
+    Raises: UnknownInstruction; KeyError for a register that was not written.
+    """
+    operand = f"${len(assembly.outputs)}"
+    early = {f"${i}" for i, text in enumerate(assembly.outputs) if "&" in text}
+    registers: dict[str, Array] = {operand: x}
+
+    def slot(name: str) -> str:
+        is_shared = name.startswith("$") and name not in early
+        return operand if is_shared else name
+
+    def read(name: str) -> Array:
+        if re.fullmatch(r"0x[0-9a-fA-F]+|\d+", name):
+            return np.full_like(x, int(name, 0))
+        return registers[slot(name)]
+
+    for line in assembly.lines:
+        opcode, _, rest = line.partition(" ")
+        target, *names = (name.strip() for name in rest.split(","))
+        if opcode not in OPCODES:
+            raise UnknownInstruction(f"{opcode!r} in {line!r}: gpu_assembly.py has no meaning")
+        registers[slot(target)] = OPCODES[opcode](*map(read, names)) & WORD
+    return tuple(registers[slot(f"${i}")] for i in range(len(assembly.outputs)))
