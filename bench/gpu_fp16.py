@@ -28,12 +28,13 @@ ARRAYS = {
 }
 
 
-def fp16_attend(plan: AttentionPlan, form: str) -> Source[Kernel]:
+def fp16_attend(plan: AttentionPlan, form: str, stages: int) -> Source[Kernel]:
     """Return the kernel attend of a plan of raw float16.
 
     Args:
         plan: keys and values in float16, no sink, no window.
         form: one of FORMS.
+        stages: tiles on their way at once.
     """
     kernel = Kernel("attend", warps=1)
     for name, dtype in ARRAYS.items():
@@ -41,7 +42,7 @@ def fp16_attend(plan: AttentionPlan, form: str) -> Source[Kernel]:
     for name in ("k_max_pages", "v_max_pages", "parts", "rows"):
         kernel.scalar(name)
     write = {"rows": _write_rows, "tokens": _write_tokens}[form]
-    write(kernel, plan)
+    write(kernel, plan, stages)
     return Source(plan, (kernel,), HEAD)
 
 
@@ -70,14 +71,14 @@ def _write_block(kernel: Kernel, plan: AttentionPlan, role: str, at: str) -> Non
     kernel.line(f"{role} = tl.load({role}_float16 + {block} + {at})")
 
 
-def _write_rows(kernel: Kernel, plan: AttentionPlan) -> None:
+def _write_rows(kernel: Kernel, plan: AttentionPlan, stages: int) -> None:
     rows, d = max(16, padded(plan.group)), plan.k.channels
     _write_start(kernel, plan, rows)
     kernel.line(f"q = tl.load(query + (bh * rows + row)[:, None] * {d} + c[None, :])")
     kernel.line("q = q.to(tl.float16)")
     kernel.line(f"total = tl.zeros(({rows}, {TILE}), tl.float32)")
     kernel.line(f"out = tl.zeros(({rows}, {d}), tl.float32)")
-    with kernel.block("for tile in tl.range(first, last, num_stages=3)"):
+    with kernel.block(f"for tile in tl.range(first, last, num_stages={stages})"):
         _write_block(kernel, plan, "k", f"t[:, None] * {d} + c[None, :]")
         kernel.line("score = tl.dot(q, tl.trans(k))")
         kernel.line("most = tl.maximum(best, tl.max(score, axis=1))")
@@ -93,14 +94,14 @@ def _write_rows(kernel: Kernel, plan: AttentionPlan) -> None:
     kernel.line(f"tl.store(part_out + part[:, None] * {d} + c[None, :], out)")
 
 
-def _write_tokens(kernel: Kernel, plan: AttentionPlan) -> None:
+def _write_tokens(kernel: Kernel, plan: AttentionPlan, stages: int) -> None:
     rows, d = max(8, padded(plan.group)), plan.k.channels
     _write_start(kernel, plan, rows)
     kernel.line(f"q = tl.load(query + (bh * rows + row)[None, :] * {d} + c[:, None])")
     kernel.line("q = q.to(tl.float16)")
     kernel.line(f"total = tl.zeros(({TILE}, {rows}), tl.float32)")
     kernel.line(f"out = tl.zeros(({d}, {rows}), tl.float32)")
-    with kernel.block("for tile in tl.range(first, last, num_stages=3)"):
+    with kernel.block(f"for tile in tl.range(first, last, num_stages={stages})"):
         _write_block(kernel, plan, "k", f"t[:, None] * {d} + c[None, :]")
         kernel.line("score = tl.dot(k, q)")
         kernel.line("most = tl.maximum(best, tl.max(score, axis=0))")

@@ -31,7 +31,7 @@ from kvant.compiler.variants import rewrite
 from kvant.ir.errors import KvantError
 from kvant.ir.plan import AttentionPlan
 from kvant.targets import TARGETS, cost, gpu_counts
-from kvant.targets.gpu import TRITON, Compiled, compile_kernels, launch_facts
+from kvant.targets.gpu import DIALECTS, TRITON, Compiled, compile_kernels, launch_facts
 from kvant.targets.gpu_combine import COMBINE_ELEMENTS
 from kvant.targets.gpu_prepare import ROWS
 from kvant.targets.gpu_tiles import step_tokens
@@ -121,7 +121,7 @@ def measure(name: str, shape: str, kind: str, only: tuple[str, ...] = ()) -> dic
     plan = plan_of(name, shape)
     try:
         if name in FORMS:
-            source = fp16_attend(plan, FORMS[name])
+            source = fp16_attend(plan, FORMS[name], DIALECTS[gpu.backend].stages)
         else:
             source = TARGETS[f"{gpu.backend}:{kind}"].stages[0].run(plan)
         text = source.text()
@@ -130,7 +130,7 @@ def measure(name: str, shape: str, kind: str, only: tuple[str, ...] = ()) -> dic
         chosen = tuple(kernel for kernel in source.kernels if kernel.name in wanted)
         made = compile_kernels(replace(source, kernels=chosen), gpu)
     except KvantError as error:
-        return row | {"refused": error.what}
+        return row | {"refused": error.what.strip().splitlines()[-1]}
     row["kernels"] = {x: _kernel(_count(x, y, gpu), y, gpu) for x, y in made.items()}
     attend = next(x for x in source.kernels if x.name == "attend").source()
     facts = launch_facts(source, gpu.backend)

@@ -78,5 +78,17 @@ class CudaLauncher:
 
 
 def read_launches(keys: Sequence[str], files: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
-    """Return what launch.json says, by key of plan."""
-    return {key: json.loads(files[f"{key}/launch.json"]) for key in dict.fromkeys(keys)}
+    """Return what launch.json says, by key of plan.
+
+    Raises: KvantError "kernels-missing" if an earlier version wrote it.
+    """
+    launches = {key: json.loads(files[f"{key}/launch.json"]) for key in dict.fromkeys(keys)}
+    for key, launch in launches.items():
+        if not {"layouts", "rest_tokens"} <= launch.keys():
+            raise KvantError(
+                "kernels-missing",
+                "launch.json lacks layouts or rest_tokens: an earlier version of kvant wrote it",
+                where=f"plan {key}",
+                fix="compile the artifact again",
+            )
+    return launches

@@ -15,10 +15,19 @@ from kvant.runtime.cuda import CudaLauncher
 
 LAUNCHES = {
     "p0": {
-        "threads": 128,
         "binaries": {
-            "attend": {"file": "attend.cubin", "entry": "attend_0", "shared": 57_344},
-            "append_k": {"file": "append_k.cubin", "entry": "append_0", "shared": 512},
+            "attend": {
+                "file": "attend.cubin",
+                "entry": "attend_0",
+                "shared": 57_344,
+                "threads": 128,
+            },
+            "append_k": {
+                "file": "append_k.cubin",
+                "entry": "append_0",
+                "shared": 512,
+                "threads": 128,
+            },
         },
     }
 }

@@ -103,7 +103,7 @@ def sums(dots: Dots, codes: Array, integers: Array, side: int) -> Array:
 
     dots.write_sums(kernel, "integers", rows * side, quads, 1, step, side)
     for i in range(rows * side):
-        kernel.line(f"{at('out', str(i * n), n)} = {at('acc', str(i * n), n)}")
+        kernel.line(f"{at('out', str(i * n), n)} = {dots.sum(i)}")
     target = tvm.target.Target({"kind": "llvm", "mtriple": dots.cpu.triple, "mcpu": dots.cpu.mcpu})
     module = tvm.IRModule({"sums": from_source(kernel.source(), {"T": script})})
     run = tir_to_runtime(_lower(module, target), {}, target)

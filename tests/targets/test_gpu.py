@@ -21,7 +21,7 @@ from kvant.runtime.machine import this_gpu
 from kvant.runtime.memory import TorchMemory
 from kvant.runtime.verify import verify
 from kvant.targets import TARGETS
-from kvant.targets.gpu import compile_gpu, emit, why_not
+from kvant.targets.gpu import compile_gpu, emit, launch_facts, why_not
 from kvant.targets.kernel_text import KERNELS
 from kvant.targets.machines import GPUS
 
@@ -46,7 +46,7 @@ def test_binaries_are_the_same_each_time_and_fit_the_gpu() -> None:
     for name, binary in launch["binaries"].items():
         assert one[binary["file"]][:4] == b"\x7fELF"
         assert binary["shared"] <= gpu.shared, name
-    assert launch["threads"] == 128
+    assert {binary["threads"] for binary in launch["binaries"].values()} == {128}
     for path in (sys.prefix, os.getcwd(), "/tmp/"):
         assert not any(path.encode() in data for data in one.values()), path
 
@@ -106,6 +106,21 @@ def test_a_failing_compiler_is_one_error(monkeypatch: pytest.MonkeyPatch) -> Non
         compile_gpu(emit(KIVI), unknown)
     assert caught.value.code == "compiler-failed"
     assert caught.value.what.startswith("Triton failed for sm_90: ")
+
+
+def test_kernels_of_an_earlier_version_are_refused() -> None:
+    from kvant.runtime.cuda import read_launches
+
+    launch = launch_facts(emit(KIVI))
+    written = {"p0/launch.json": json.dumps(launch).encode()}
+    assert read_launches(["p0", "p0"], written)["p0"]["layouts"] == list(launch["layouts"])
+    del launch["rest_tokens"]
+    with pytest.raises(KvantError) as caught:
+        read_launches(["p0"], {"p0/launch.json": json.dumps(launch).encode()})
+    assert caught.value.code == "kernels-missing"
+    assert caught.value.what == (
+        "launch.json lacks layouts or rest_tokens: an earlier version of kvant wrote it"
+    )
 
 
 def test_another_triton_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
