@@ -41,8 +41,33 @@ def fp16_attend(plan: AttentionPlan, form: str, stages: int) -> Source[Kernel]:
         kernel.array(name, dtype)
     for name in ("k_max_pages", "v_max_pages", "parts", "rows"):
         kernel.scalar(name)
-    write = {"rows": _write_rows, "tokens": _write_tokens}[form]
-    write(kernel, plan, stages)
+    is_rows, d = form == "rows", plan.k.channels
+    rows = padded(plan.group, 16 if is_rows else 8)
+    # How vectors of queries, and of what they are multiplied with, lie in a block.
+    own, other = ("[:, None]", "[None, :]") if is_rows else ("[None, :]", "[:, None]")
+    _write_start(kernel, plan, rows)
+    kernel.line(f"q = tl.load(query + (bh * rows + row){own} * {d} + c{other})")
+    kernel.line("q = q.to(tl.float16)")
+    for name, size in (("total", TILE), ("out", d)):
+        shape = f"{rows}, {size}" if is_rows else f"{size}, {rows}"
+        kernel.line(f"{name} = tl.zeros(({shape}), tl.float32)")
+    axis = 1 if is_rows else 0
+    with kernel.block(f"for tile in tl.range(first, last, num_stages={stages})"):
+        _write_block(kernel, plan, "k", f"t[:, None] * {d} + c[None, :]")
+        kernel.line(f"score = tl.dot({'q, tl.trans(k)' if is_rows else 'k, q'})")
+        kernel.line(f"most = tl.maximum(best, tl.max(score, axis={axis}))")
+        kernel.line(f"weight = tl.exp2(score - most{own})")
+        kernel.line(f"shrink = tl.exp2(best - most){own}")
+        kernel.line("best = most")
+        kernel.line("total = total * shrink + weight")
+        # The left operand is loaded turned around: `tl.trans` of it goes through registers.
+        _write_block(kernel, plan, "v", f"t{own} * {d} + c{other}")
+        product = "weight.to(tl.float16), v" if is_rows else "v, weight.to(tl.float16)"
+        kernel.line(f"out = tl.dot({product}, out * shrink)")
+    kernel.line("part = (bh * parts + split) * rows + row")
+    kernel.line("tl.store(part_max + part, best)")
+    kernel.line(f"tl.store(part_sum + part, tl.sum(total, axis={axis}))")
+    kernel.line(f"tl.store(part_out + part{own} * {d} + c{other}, out)")
     return Source(plan, (kernel,), HEAD)
 
 
@@ -69,49 +94,3 @@ def _write_block(kernel: Kernel, plan: AttentionPlan, role: str, at: str) -> Non
     kernel.line(f"page = tl.load({role}_table + b * {role}_max_pages + {page})")
     block = f"page * {layout.page_bytes // 2} + h * {layout.head_bytes // 2}{inside}"
     kernel.line(f"{role} = tl.load({role}_float16 + {block} + {at})")
-
-
-def _write_rows(kernel: Kernel, plan: AttentionPlan, stages: int) -> None:
-    rows, d = max(16, padded(plan.group)), plan.k.channels
-    _write_start(kernel, plan, rows)
-    kernel.line(f"q = tl.load(query + (bh * rows + row)[:, None] * {d} + c[None, :])")
-    kernel.line("q = q.to(tl.float16)")
-    kernel.line(f"total = tl.zeros(({rows}, {TILE}), tl.float32)")
-    kernel.line(f"out = tl.zeros(({rows}, {d}), tl.float32)")
-    with kernel.block(f"for tile in tl.range(first, last, num_stages={stages})"):
-        _write_block(kernel, plan, "k", f"t[:, None] * {d} + c[None, :]")
-        kernel.line("score = tl.dot(q, tl.trans(k))")
-        kernel.line("most = tl.maximum(best, tl.max(score, axis=1))")
-        kernel.line("weight = tl.exp2(score - most[:, None])")
-        kernel.line("shrink = tl.exp2(best - most)[:, None]")
-        kernel.line("best = most")
-        kernel.line("total = total * shrink + weight")
-        _write_block(kernel, plan, "v", f"t[:, None] * {d} + c[None, :]")
-        kernel.line("out = tl.dot(weight.to(tl.float16), v, out * shrink)")
-    kernel.line("part = (bh * parts + split) * rows + row")
-    kernel.line("tl.store(part_max + part, best)")
-    kernel.line("tl.store(part_sum + part, tl.sum(total, axis=1))")
-    kernel.line(f"tl.store(part_out + part[:, None] * {d} + c[None, :], out)")
-
-
-def _write_tokens(kernel: Kernel, plan: AttentionPlan, stages: int) -> None:
-    rows, d = max(8, padded(plan.group)), plan.k.channels
-    _write_start(kernel, plan, rows)
-    kernel.line(f"q = tl.load(query + (bh * rows + row)[None, :] * {d} + c[:, None])")
-    kernel.line("q = q.to(tl.float16)")
-    kernel.line(f"total = tl.zeros(({TILE}, {rows}), tl.float32)")
-    kernel.line(f"out = tl.zeros(({d}, {rows}), tl.float32)")
-    with kernel.block(f"for tile in tl.range(first, last, num_stages={stages})"):
-        _write_block(kernel, plan, "k", f"t[:, None] * {d} + c[None, :]")
-        kernel.line("score = tl.dot(k, q)")
-        kernel.line("most = tl.maximum(best, tl.max(score, axis=0))")
-        kernel.line("weight = tl.exp2(score - most[None, :])")
-        kernel.line("shrink = tl.exp2(best - most)[None, :]")
-        kernel.line("best = most")
-        kernel.line("total = total * shrink + weight")
-        _write_block(kernel, plan, "v", f"t[None, :] * {d} + c[:, None]")
-        kernel.line("out = tl.dot(v, weight.to(tl.float16), out * shrink)")
-    kernel.line("part = (bh * parts + split) * rows + row")
-    kernel.line("tl.store(part_max + part, best)")
-    kernel.line("tl.store(part_sum + part, tl.sum(total, axis=0))")
-    kernel.line(f"tl.store(part_out + part[None, :] * {d} + c[:, None], out)")

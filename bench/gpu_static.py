@@ -28,13 +28,15 @@ from gpu_fp16 import fp16_attend
 from kvant.compiler import recipe as recipes
 from kvant.compiler.shape import parse_shape, shape_model
 from kvant.compiler.variants import rewrite
+from kvant.ir.arrangements import TILES
 from kvant.ir.errors import KvantError
 from kvant.ir.plan import AttentionPlan
 from kvant.targets import TARGETS, cost, gpu_counts
 from kvant.targets.gpu import DIALECTS, TRITON, Compiled, compile_kernels, launch_facts
 from kvant.targets.gpu_combine import COMBINE_ELEMENTS
 from kvant.targets.gpu_prepare import ROWS
-from kvant.targets.gpu_tiles import step_tokens
+from kvant.targets.gpu_tiles import kinds, step_tokens
+from kvant.targets.gpu_whole import MOST_SPLITS
 from kvant.targets.kernel_text import KERNELS
 from kvant.targets.machines import DEVICES, GPUS, Gpu
 
@@ -236,6 +238,7 @@ def attend_of(row: dict[str, Any], plan: AttentionPlan) -> cost.Attend:
         ahead=tile * (row["stages"] - 1) if row["stages"] > 1 else tile / 2,
         split_tokens=row["split_tokens"],
         merged=max(1, COMBINE_ELEMENTS // (ROWS * plan.v.channels)),
+        most_splits=MOST_SPLITS if kinds(plan)[0] == TILES else None,
     )
 
 
@@ -278,8 +281,8 @@ def dumped(data: dict[str, Any]) -> str:
 def dumped_budgets(budgets: Budgets) -> str:
     """Return the budgets as JSON, one line a recipe and kind of GPU."""
     parts = []
-    for name, kinds in budgets.items():
-        lines = ",\n".join(f'  "{kind}": {json.dumps(of)}' for kind, of in kinds.items())
+    for name, each in budgets.items():
+        lines = ",\n".join(f'  "{kind}": {json.dumps(of)}' for kind, of in each.items())
         parts.append(f' "{name}": {{\n{lines}\n }}')
     return "{\n" + ",\n".join(parts) + "\n}\n"
 

@@ -48,17 +48,19 @@ def middle(fmt: Dense) -> int:
     return 128 if code_bits(fmt) == 8 else 0
 
 
-def whole_tiles(length: int, encoded: int, sink: int, window: int | None = None) -> tuple[int, int]:
-    """Return the positions that lie in whole tiles, for the newest query of a row.
+def whole_tiles(
+    length: Array, encoded: Array, sink: int, window: int | None = None
+) -> tuple[Array, Array]:
+    """Return (begin, end) of what lies in whole tiles, for the newest query of each row.
 
     Args:
-        length: tokens of the row.
-        encoded: end of what is encoded, as keys and as values.
+        length: int64[B], tokens of each row.
+        encoded: int64[B], end of what is encoded, as keys and as values.
         sink: tokens before the first tile.
         window: keys that the query sees, or None for all.
     """
-    first = 0 if window is None else max(0, length - window - sink)
-    last = max(0, min(length, encoded) - sink)
+    first = np.maximum(0, 0 * length if window is None else length - window - sink)
+    last = np.maximum(0, np.minimum(length, encoded) - sink)
     return sink + -(-first // TILE) * TILE, sink + last // TILE * TILE
 
 

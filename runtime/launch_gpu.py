@@ -109,7 +109,8 @@ class Kernels:
             end = min(queries, begin + step)
             # These are the last queries of a row that ends where they end.
             length = k.length - (queries - end)
-            parts.append(self._attend(layer, q[:, :, begin:end].contiguous(), k, v, length))
+            own = q[:, :, begin:end].contiguous()
+            parts.append(self._attend(layer, own, k, v, length, alone=queries == 1))
         if len(parts) == 1:
             return parts[0]
         outs, lses = zip(*parts, strict=True)
@@ -127,17 +128,18 @@ class Kernels:
         return max(1, _tiles(int(length.max()) - sink, size))
 
     def _attend(
-        self, layer: int, q: Tensor, k: Stream, v: Stream, length: Ints
+        self, layer: int, q: Tensor, k: Stream, v: Stream, length: Ints, *, alone: bool
     ) -> tuple[Tensor, Tensor]:
+        """Attend the queries of one launch; `alone`: one query a row, and all that was asked."""
         plan, facts = self._plans[layer], self._launch_facts(layer)
         batch, heads, queries, _ = q.shape
         needed = queries * plan.group
-        kernel = "attend" if queries == 1 else "attend_block"
+        kernel = "attend" if alone else "attend_block"
         tiles = _tiles(needed, facts["rows"][kernel])
         rows = tiles * facts["rows"][kernel]
         groups = batch * plan.k.heads
         splits, rest = self._splits(layer, length), 0
-        if kernel == "attend" and facts["rest_tokens"]:
+        if alone and facts["rest_tokens"]:
             splits, rest = self._parts_of_tiles(layer, k, v)
         grid = (groups, splits + rest, tiles)
         empty = self._memory.empty
@@ -154,15 +156,13 @@ class Kernels:
 
     def _parts_of_tiles(self, layer: int, k: Stream, v: Stream) -> tuple[int, int]:
         """Return how many splits the whole tiles have, and how many parts what they leave."""
-        plan, facts = self._plans[layer], self._launch_facts(layer)
-        splits, rest, most = 0, 0, facts["most_splits"]
-        for length, end in zip(k.length, np.minimum(k.encoded, v.encoded), strict=True):
-            begin, end = whole_tiles(int(length), int(end), k.sinks, plan.window)
-            seen = int(length) if plan.window is None else min(int(length), plan.window)
-            rest = max(rest, seen - max(0, end - begin))
-            tokens = max(facts["split_tokens"], TILE * _tiles(end - k.sinks, most * TILE))
-            splits = max(splits, _tiles(end - k.sinks, tokens) if end > begin else 0)
-        return splits, _tiles(rest, facts["rest_tokens"])
+        window, facts = self._plans[layer].window, self._launch_facts(layer)
+        begin, end = whole_tiles(k.length, np.minimum(k.encoded, v.encoded), k.sinks, window)
+        seen = k.length if window is None else np.minimum(k.length, window)
+        rest = seen - np.maximum(end - begin, 0)
+        last = np.where(end > begin, end - k.sinks, 0)
+        tokens = np.maximum(TILE * -(-last // (facts["most_splits"] * TILE)), facts["split_tokens"])
+        return int((-(-last // tokens)).max()), _tiles(int(rest.max()), facts["rest_tokens"])
 
     def _buffers(self, plan: AttentionPlan, rows: int, parts: int) -> dict[str, Tensor]:
         """Return memory for the queries of all rows, and for their results of each part."""

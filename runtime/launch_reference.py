@@ -142,58 +142,53 @@ def rounding_of(plan: AttentionPlan, k: Stream, v: Stream) -> Integers | Halves 
 
 def whole_tiles_of(plan: AttentionPlan, k: Stream, v: Stream) -> list[tuple[int, int]]:
     """Return the positions of each row that lie in whole tiles, for its newest query."""
-    encoded = np.minimum(k.encoded, v.encoded)
-    return [
-        whole_tiles(int(length), int(end), k.sinks, plan.window)
-        for length, end in zip(k.length, encoded, strict=True)
-    ]
+    bounds = whole_tiles(k.length, np.minimum(k.encoded, v.encoded), k.sinks, plan.window)
+    return list(zip(*(edge.tolist() for edge in bounds), strict=True))
 
 
 def _units(stream: Stream, row: int) -> list[Units]:
     """Return the codes that a row's pages hold, slice by slice."""
-    begin, end = int(stream.held[row]), int(stream.encoded[row])
-    if end <= begin:
-        return []
-    layout, found = stream.layout, []
-    pages = [layout.unpack(page) for page in _pages_of(stream, row, begin, end)]
-    for part in layout.parts:
-        if not isinstance(part.format, Dense):
-            continue
-        fields = [with_prefix(part.prefix, page) for page in pages]
-        own = {name: np.concatenate([one[name] for one in fields], axis=1) for name in fields[0]}
-        channels = slice(part.first, part.first + part.width)
-        found.append(units_of(part.format, own, begin, channels))
-    return found
+    first = int(stream.held[row])
+    return [
+        units_of(dense, fields, first, slice(part.first, part.first + part.width))
+        for part, dense, fields in _stored_parts(stream, row)
+    ]
 
 
 def _coded(stream: Stream) -> list[list[Coded]]:
     """Return the scales of each row's pages, none for what no integer dot product reads."""
-    layout, coded = stream.layout, []
-    for row, (begin, end) in enumerate(zip(stream.held, stream.encoded, strict=True)):
-        own: list[Coded] = []
-        if layout.kind != ROWS and end > begin:
-            pages = _pages_of(stream, row, int(begin), int(end))
-            fields = [layout.unpack(page) for page in pages]
-            own = [
-                _coded_part(part, part.format, fields, int(begin), int(end))
-                for part in layout.parts
-                if isinstance(part.format, Dense)
-            ]
-        coded.append(own)
-    return coded
+    if stream.layout.kind == ROWS:
+        return [[] for _ in stream.held]
+    return [
+        [_coded_part(stream, row, *one) for one in _stored_parts(stream, row)]
+        for row in range(len(stream.held))
+    ]
 
 
 def _coded_part(
-    part: Part, dense: Dense, pages: list[dict[str, Array]], begin: int, end: int
+    stream: Stream, row: int, part: Part, dense: Dense, fields: Mapping[str, Array]
 ) -> Coded:
     """Return the scales of a slice, or of all channels; what it says if more is stored."""
-    fields = [with_prefix(part.prefix, page) for page in pages]
-    scale = np.concatenate([dense.scales(one) for one in fields], axis=1)
-    scale = scale[:, : -(-(end - begin) // dense.group_tokens)]
+    begin, end = int(stream.held[row]), int(stream.encoded[row])
+    scale = dense.scales(fields)[:, : -(-(end - begin) // dense.group_tokens)]
     if not part.prefix and part.sparse is None:
         return Coded(begin, dense, scale)
-    codes = np.concatenate([dense.decode(one) for one in fields], axis=1)
-    return Coded(begin, dense, scale, codes, slice(part.first, part.first + part.width))
+    channels = slice(part.first, part.first + part.width)
+    return Coded(begin, dense, scale, dense.decode(fields), channels)
+
+
+def _stored_parts(stream: Stream, row: int) -> list[tuple[Part, Dense, dict[str, Array]]]:
+    """Return each slice with codes, its dense format, and the fields of all pages of a row."""
+    begin, end = int(stream.held[row]), int(stream.encoded[row])
+    if end <= begin:
+        return []
+    pages = [stream.layout.unpack(page) for page in _pages_of(stream, row, begin, end)]
+    whole = {name: np.concatenate([page[name] for page in pages], axis=1) for name in pages[0]}
+    return [
+        (part, part.format, with_prefix(part.prefix, whole))
+        for part in stream.layout.parts
+        if isinstance(part.format, Dense)
+    ]
 
 
 def read_stream(stream: Stream) -> Array:

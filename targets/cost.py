@@ -55,6 +55,7 @@ class Attend:
         split_tokens: tokens of a split.
         merged: splits that combine reads at once.
         kernels: launches of a step: prepare, attend, combine.
+        most_splits: of a row; longer rows have longer splits. None: as many as there are.
     """
 
     per_element: float
@@ -65,6 +66,7 @@ class Attend:
     split_tokens: int
     merged: int
     kernels: int = 3
+    most_splits: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +124,7 @@ def decode(
         tokens: of a row, all that is due encoded.
     """
     count = max(1, ceil((tokens - plan.k.tokens.sink) / attend.split_tokens))
+    count = count if attend.most_splits is None else min(count, attend.most_splits)
     blocks = batch * plan.k.heads * count
     seen = tokens if plan.window is None else min(tokens, plan.window)
     elements = batch * plan.k.heads * seen * (plan.k.channels + plan.v.channels)

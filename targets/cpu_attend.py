@@ -65,10 +65,10 @@ from .cpu_values import (
     write_page_values,
     write_raw_values,
 )
-from .cpu_values_int import (
+from .cpu_values_int import write_page_values_int
+from .cpu_weights_int import (
     value_dots,
     value_scratch_int,
-    write_page_values_int,
     write_page_weights_int,
     write_value_zeros,
 )

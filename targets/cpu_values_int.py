@@ -1,7 +1,6 @@
 """Outputs of integer dot products, for values in token quads: a lane of a vector is a channel.
 
-    w[r, t] = p[r, t] s_t for scales of tokens, p[r, t] for scales of channels
-    n[r, t] = [w / a],  a = max w / n_max  for each row and block of 32 tokens
+    n[r, t], a     integers of a block of 32 tokens, and their step: see `cpu_weights_int.py`
     o[r, c] += a sum_t n code  (+ zero points: a sum_t n z_t / s_t)            scales of tokens
     o[r, c] += a (s_c sum_t n code + z_c sum_t n)                              scales of channels
 
@@ -11,119 +10,31 @@ that lies past the end gets into a sum. What is rounded: `ir/integers.py`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import product
-from math import gcd
 
 from ..ir.arrangements import QUAD
-from ..ir.integers import BLOCK, most_integer
-from .cpu_dots import Add, Dots, dots_of
-from .cpu_pages import PageReader
-from .cpu_quads import lanes_of, value_lanes
+from ..ir.integers import BLOCK
+from .cpu_dots import Add
 from .cpu_regions import Asks
 from .cpu_rows import Rows
-from .cpu_scores_int import MOST_AT_ONCE, inverse_of, write_plane, write_quads
+from .cpu_scores_int import write_plane, write_quads
 from .cpu_text import (
     Kernel,
     at,
-    bits_as,
     cast,
     fma,
-    fold,
-    fold_rows,
-    number,
-    rint,
-    row_blocks,
     splat,
 )
-from .machines import Cpu
-
-# Outputs that stay in registers from block to block, beside as many sums; more are read and written
-# for each block, which is done for all channels before the next one begins.
-MOST_OUTPUTS = 8
-
-
-@dataclass(frozen=True, slots=True)
-class ValueDots:
-    """What the values of one stream need.
-
-    Attributes:
-        reader: of the pages.
-        dots: of the machine, in lanes of channels.
-        lanes: tokens at once where weights are rounded.
-        rows: query rows of a head.
-        heads: those of an item if weights of all of them are rounded before the first product of a
-            page, and 1 if they take turns.
-    """
-
-    reader: PageReader
-    dots: Dots
-    lanes: int
-    rows: int
-    heads: int
-
-    @property
-    def integers(self) -> str:
-        """Name of the rounded weights."""
-        return self.reader.own("w_integers")
-
-    @property
-    def steps(self) -> str:
-        """Name of the steps of blocks."""
-        return self.reader.own("w_steps")
-
-    @property
-    def zeros(self) -> str:
-        """Name of the sums of rounded weights times zero points, or with scales of channels alone.
-
-        Those times zero points are kept by lanes for all pages of an item.
-        """
-        return self.reader.own("w_zeros")
-
-    @property
-    def groups(self) -> int:
-        """Weights of one token: one for each of its scales."""
-        return 1 if self.reader.per_channel else self.reader.groups
-
-    @property
-    def blocks(self) -> int:
-        """Blocks of weights of a page."""
-        return self.reader.layout.tokens // BLOCK
-
-    @property
-    def in_place(self) -> bool:
-        """Whether codes are multiplied where they lie, and steps make up for it."""
-        return self.dots.in_place and (
-            self.groups == 1 or self.reader.plane % self.reader.group == 0
-        )
-
-    @property
-    def copies(self) -> int:
-        """Steps of a row, a block and a group: one for each plane, if codes lie differently."""
-        return self.reader.planes if self.in_place and self.groups == 1 else 1
-
-    @property
-    def integers_at_once(self) -> int:
-        """Integers of a page."""
-        return self.rows * self.heads * self.groups * self.blocks * BLOCK
-
-    def row(self, rows: Rows, r: int) -> str:
-        """Return the number of row r among those whose weights are there at once."""
-        return rows.of_item(str(r)) if self.heads > 1 else f"({rows.first} + {r})"
-
-    def planes_at_once(self, rows: int) -> int:
-        """Return the planes of channels that are summed together."""
-        return max(1, min(self.reader.planes, self.dots.most_sums // rows))
-
-    def side(self, rows: int) -> int:
-        """Return the vectors of channels in each plane that are summed together.
-
-        Products of few rows and planes would wait for each other; eight sums do not. Codes of 8
-        bits have two words each, and the words of more vectors would fill the registers.
-        """
-        most = 0 if self.dots.wide_codes else min(MOST_OUTPUTS, self.dots.most_sums)
-        size, vectors = rows * self.planes_at_once(rows), self.reader.plane // self.dots.lanes
-        return next(s for s in (4, 2, 1) if vectors % s == 0 and (s == 1 or s * size <= most))
+from .cpu_weights_int import (
+    MOST_OUTPUTS,
+    ValueDots,
+    each_block,
+    first_integer,
+    step_of,
+    write_page_weights_int,
+    zero_sum_of,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,60 +44,6 @@ class Sum:
     row: int
     plane: int
     vector: int
-
-
-def value_dots(reader: PageReader, rows: int, heads: int, cpu: Cpu) -> ValueDots:
-    """Return what the values of a stream need, for items of at most so many heads."""
-    lanes = value_lanes(reader.coded(), reader.width, cpu)
-    dots = dots_of(reader.coded(), cpu, lanes, signed=False)
-    values = ValueDots(reader, dots, lanes_of(cpu), rows, heads)
-    size = dots.bytes_of(values.integers_at_once // QUAD)
-    return values if size <= MOST_AT_ONCE else replace(values, heads=1)
-
-
-def value_scratch_int(kernel: Kernel, values: ValueDots, heads: int) -> None:
-    """Declare what the values of an item of at most so many heads need."""
-    lanes, groups = values.lanes, values.groups
-    blocks = values.rows * values.heads * groups * values.blocks
-    kernel.scratch(values.integers, values.integers_at_once, values.dots.integers)
-    values.dots.declare(kernel, values.integers, values.integers_at_once // QUAD)
-    kernel.scratch(values.steps, blocks * values.copies)
-    if values.reader.per_channel:
-        kernel.scratch(values.zeros, blocks)
-        return
-    kernel.scratch(values.zeros, heads * values.rows * groups * lanes)
-    with kernel.block(f"for i in T.serial(item_rows * T.int64({groups}))"):
-        kernel.line(f"{at(values.zeros, f'i * {lanes}', lanes)} = {number(0.0, lanes)}")
-
-
-def write_value_zeros(kernel: Kernel, values: ValueDots) -> None:
-    """Add to the outputs of an item what its zero points make, after the last page."""
-    reader, lanes = values.reader, values.lanes
-    if reader.per_channel:
-        return
-    at_once, width = gcd(lanes, reader.group), reader.layout.channels
-    name = reader.own("zero_sum")
-    kernel.scratch(name, lanes)
-    with kernel.block(f"for i in T.serial(item_rows * T.int64({values.groups}))"):
-        kernel.line(f"{at(name, '0', lanes)} = {at(values.zeros, f'i * {lanes}', lanes)}")
-        fold(kernel, name, lanes, "({} + {})")
-        kernel.let("row", f"item_part + T.truncdiv(i, T.int64({values.groups}))")
-        kernel.let("group", f"T.truncmod(i, T.int64({values.groups}))")
-        with kernel.block(f"for j in T.serial(T.int64({reader.group // at_once}))"):
-            channel = reader.channel(f"group * {reader.group} + j * {at_once}")
-            target = at("part_out", f"row * {width} + {channel}", at_once)
-            kernel.line(f"{target} = {target} + {splat(f'{name}[0]', at_once)}")
-
-
-def write_page_weights_int(kernel: Kernel, values: ValueDots, rows: Rows) -> None:
-    """Round the weights of the present page for a block of rows."""
-    with kernel.block(f"for group in T.serial(T.int64({values.groups}))"):
-        # Most pages are wanted whole: then there is nothing to mask.
-        with kernel.block(f"if v_t1 - v_t0 == {values.reader.layout.tokens}"):
-            with kernel.block(_each_block()):
-                _write_rounding(kernel, values, rows, whole=True)
-        with kernel.block("else"), kernel.block(_each_block()):
-            _write_rounding(kernel, values, rows, whole=False)
 
 
 def write_page_values_int(kernel: Kernel, values: ValueDots, rows: Rows) -> None:
@@ -202,7 +59,7 @@ def write_page_values_int(kernel: Kernel, values: ValueDots, rows: Rows) -> None
         each_place = f"for u in T.serial(T.int64({tiles}))"
         sums = [Sum(r, i, j) for i in planes for j in range(side) for r in range(rows.count)]
         if len(sums) > MOST_OUTPUTS:
-            with kernel.block(_each_block()), kernel.block(each_place):
+            with kernel.block(each_block()), kernel.block(each_place):
                 outputs = [_output(values, rows, own) for own in sums]
                 _write_tile(kernel, values, rows, sums, outputs, f"(block * {tiles} + u)")
             continue
@@ -212,148 +69,10 @@ def write_page_values_int(kernel: Kernel, values: ValueDots, rows: Rows) -> None
             kernel.scratch("out", len(sums) * lanes)
             for own, out in zip(sums, kept, strict=True):
                 kernel.line(f"{out} = {_output(values, rows, own)}")
-            with kernel.block(_each_block()):
+            with kernel.block(each_block()):
                 _write_tile(kernel, values, rows, sums, kept, f"(u * {values.blocks} + block)")
             for own, out in zip(sums, kept, strict=True):
                 kernel.line(f"{_output(values, rows, own)} = {out}")
-
-
-def _each_block() -> str:
-    """Return the head of a loop over the blocks of the present page that hold wanted tokens."""
-    shift = BLOCK.bit_length() - 1
-    first = f"T.shift_right(v_t0, T.int64({shift}))"
-    last = f"T.shift_right(v_t1 + {BLOCK - 1}, T.int64({shift}))"
-    return f"for block in T.serial({first}, T.max({first}, {last}))"
-
-
-def _write_rounding(kernel: Kernel, values: ValueDots, rows: Rows, *, whole: bool) -> None:
-    """Fill integers, steps and zero sums of a block of tokens, some unwanted if not `whole`."""
-    lanes = values.lanes
-    kernel.scratch("w", rows.count * BLOCK)
-    for name in ("most", "total"):
-        kernel.scratch(name, rows.count * lanes)
-    for name in ("largest", "inverse", "step"):
-        kernel.scratch(name, rows.count + 4)
-    if not whole:
-        for name, edge in (("place0", "v_t0"), ("place1", "v_t1")):
-            kernel.let(name, splat(f'T.Cast("int32", {edge})', lanes))
-    for loop in ("T.unroll(1)", f"T.unroll(1, {BLOCK // lanes})"):
-        with kernel.block(f"for i in {loop}"):
-            _write_weights(kernel, values, rows, first=loop == "T.unroll(1)", whole=whole)
-    for first, count in row_blocks(rows.count):
-        own = [at("most", str((first + i) * lanes), lanes) for i in range(count)]
-        fold_rows(kernel, own, lanes, "T.max({}, {})", "largest", first)
-        _write_steps(kernel, values, rows, first, count)
-    _write_integers(kernel, values, rows, whole=whole)
-    _write_zero_sums(kernel, values, rows)
-    for r in range(rows.count):
-        place = f"T.truncdiv({_first_integer(values, rows, r, 'group')}, {QUAD})"
-        values.dots.write_layout(kernel, values.integers, place, f"T.int64({BLOCK // QUAD})")
-
-
-def _write_steps(kernel: Kernel, values: ValueDots, rows: Rows, first: int, count: int) -> None:
-    """Write steps of some rows of the block, and their inverses, from what is largest."""
-    most, bits = most_integer(values.dots.bits), values.dots.bits
-    largest, inverse, step = (
-        at(name, str(first), count) for name in ("largest", "inverse", "step")
-    )
-    kernel.line(f"{step} = {largest} * {number(1.0 / most, count)}")
-    kernel.line(f"{inverse} = {inverse_of(largest, most, count)}")
-    for i in range(values.copies):
-        power = number(2.0 ** -(bits * i), count)
-        if values.in_place and values.groups > 1:
-            plane = f"T.truncdiv(group, T.int64({values.reader.plane // values.reader.group}))"
-            exponent = f'T.Cast("int32", 127 - {plane} * {bits})'
-            power = splat(bits_as("float32", f"T.shift_left({exponent}, T.int32(23))", 1), count)
-        target = at(values.steps, _step(values, rows, first, "group", i), count)
-        kernel.line(f"{target} = {step} * {power}" if values.in_place else f"{target} = {step}")
-
-
-def _write_weights(
-    kernel: Kernel, values: ValueDots, rows: Rows, *, first: bool, whole: bool
-) -> None:
-    """Write vector i of the block of weights to `w`, and the largest by lanes to `most`."""
-    lanes, reader = values.lanes, values.reader
-    _write_place(kernel, lanes, whole=whole)
-    if not reader.per_channel:
-        kernel.let("scale", reader.scale("t", "group", lanes))
-    for r in range(rows.count):
-        p = at("logits", rows.logit(str(r), "v_pos + t"), lanes)
-        weight = p if reader.per_channel else f"({p} * scale)"
-        wanted = kernel.fresh("weight", _inside(weight, number(0.0, lanes), whole=whole))
-        kernel.line(f"{at('w', f'{r * BLOCK} + i * {lanes}', lanes)} = {wanted}")
-        largest = at("most", str(r * lanes), lanes)
-        kernel.line(f"{largest} = {wanted if first else f'T.max({largest}, {wanted})'}")
-
-
-def _write_place(kernel: Kernel, lanes: int, *, whole: bool) -> None:
-    """Bind t, the first token of vector i of the block, and where masks need it, all of them."""
-    kernel.let("t", f"block * {BLOCK} + i * {lanes}")
-    if not whole:
-        kernel.let("place", f'T.ramp(T.Cast("int32", t), 1, {lanes})')
-
-
-def _write_integers(kernel: Kernel, values: ValueDots, rows: Rows, *, whole: bool) -> None:
-    """Round the block of weights `w`; sum it times zero points to `total`, by lanes."""
-    lanes, reader = values.lanes, values.reader
-    for r in range(rows.count):
-        kernel.line(f"{at('total', str(r * lanes), lanes)} = {number(0.0, lanes)}")
-    with kernel.block(f"for i in T.unroll({BLOCK // lanes})"):
-        _write_place(kernel, lanes, whole=whole)
-        ratio = number(1.0, lanes)
-        if not reader.per_channel:
-            kernel.let("scale", reader.scale("t", "group", lanes))
-            ratio = reader.zero_by_scale("t", "group", lanes, "scale")
-        kernel.let("zero", _inside(ratio, number(0.0, lanes), whole=whole))
-        for r in range(rows.count):
-            weight = at("w", f"{r * BLOCK} + i * {lanes}", lanes)
-            n = kernel.fresh("n", rint(f"{weight} * {splat(f'inverse[{r}]', lanes)}", lanes))
-            total = at("total", str(r * lanes), lanes)
-            kernel.line(f"{total} = {fma(n, 'zero', total)}")
-            place = f"{_first_integer(values, rows, r, 'group')} + i * {lanes}"
-            values.dots.store(kernel, values.integers, place, n, lanes)
-
-
-def _write_zero_sums(kernel: Kernel, values: ValueDots, rows: Rows) -> None:
-    """Keep the sums `total` of the block, scaled."""
-    lanes = values.lanes
-    if values.reader.per_channel:
-        for first, count in row_blocks(rows.count):
-            own = [at("total", str((first + i) * lanes), lanes) for i in range(count)]
-            fold_rows(kernel, own, lanes, "({} + {})", "largest", first)
-            zeros = at(values.zeros, _zero(values, rows, first), count)
-            total, step = (at(name, str(first), count) for name in ("largest", "step"))
-            kernel.line(f"{zeros} = {total} * {step}")
-        return
-    for r in range(rows.count):
-        place = f"({rows.of_item(str(r))} * {values.groups} + group) * {lanes}"
-        zeros, total = at(values.zeros, place, lanes), at("total", str(r * lanes), lanes)
-        kernel.line(f"{zeros} = {fma(total, splat(f'step[{r}]', lanes), zeros)}")
-
-
-def _inside(value: str, other: str, *, whole: bool) -> str:
-    """Return value in the lanes of wanted tokens, other elsewhere."""
-    if whole:
-        return value
-    return f"T.Select(place >= place0, T.Select(place < place1, {value}, {other}), {other})"
-
-
-def _step(values: ValueDots, rows: Rows, r: int, group: str, i: int) -> str:
-    """Return where the step of the present block is, for a group, plane and row; rows are last."""
-    copy = i if values.copies > 1 else 0
-    place = f"({group} * {values.blocks} + block) * {values.copies} + {copy}"
-    return f"({place}) * {values.rows * values.heads} + {values.row(rows, r)}"
-
-
-def _zero(values: ValueDots, rows: Rows, r: int) -> str:
-    """Return where the sum of the present block's rounded weights is; rows are last."""
-    return f"block * {values.rows * values.heads} + {values.row(rows, r)}"
-
-
-def _first_integer(values: ValueDots, rows: Rows, r: int, group: str) -> str:
-    """Return where the integers of the present block are, for a row and a group."""
-    place = f"({values.row(rows, r)} * {values.groups} + {group}) * {values.blocks} + block"
-    return f"({place}) * {BLOCK}"
 
 
 def _write_tile(
@@ -394,7 +113,7 @@ def _write_tile(
                 )
         for n, own in enumerate(sums):
             group = f"group{own.plane}_{own.vector}"
-            first = f"T.truncdiv({_first_integer(values, rows, own.row, group)}, {QUAD})"
+            first = f"T.truncdiv({first_integer(values, rows, own.row, group)}, {QUAD})"
             for half, operand in enumerate(operands[own.plane, own.vector]):
                 add(n, half, operand, first)
 
@@ -454,10 +173,10 @@ def _write_scaled(
         zero = kernel.fresh("zero", reader.zero(group, place, lanes, scale))
     for r, out in enumerate(outputs):
         total = cast("float32", values.dots.sum(first + r), lanes)
-        index = _step(values, rows, r, f"group{i}_{own.vector}", i)
+        index = step_of(values, rows, r, f"group{i}_{own.vector}", i)
         step = splat(f"{values.steps}[{index}]", lanes)
         if reader.per_channel:
-            zeros = splat(f"{values.zeros}[{_zero(values, rows, r)}]", lanes)
+            zeros = splat(f"{values.zeros}[{zero_sum_of(values, rows, r)}]", lanes)
             kernel.line(f"{out} = {fma(f'{total} * {step}', scale, fma(zeros, zero, out))}")
         else:
             kernel.line(f"{out} = {fma(total, step, out)}")

@@ -14,6 +14,7 @@ summed before is then shrunk by a power of two, without rounding.
 
 from __future__ import annotations
 
+from ..ir.arrangements import ROWS
 from ..ir.plan import AttentionPlan
 from .gpu_pages import declare_pages, readers_of
 from .gpu_sources import Piece, pieces_of, readers_in, write_place, write_raw, write_stored
@@ -34,7 +35,7 @@ from .source import split_tokens
 
 
 def tile_tokens(plan: AttentionPlan) -> int:
-    """Return N: tokens of a tile of the rest; the more columns its planes have, the fewer."""
+    """Return N: tokens of a tile; the more columns its planes have, the fewer."""
     most = 8192 // _columns(plan)
     return max(16, min(64, 1 << (most.bit_length() - 1)))
 
@@ -46,7 +47,7 @@ def _columns(plan: AttentionPlan) -> int:
             2 * max(r.wide for r in readers),
             sum(r.wide * r.part.planes for r in readers),
         )
-        for readers in (readers_of(plan.k, "rows"), readers_of(plan.v, "rows"))
+        for readers in (readers_of(plan.k, ROWS), readers_of(plan.v, ROWS))
     )
 
 
@@ -81,14 +82,7 @@ def _attend(plan: AttentionPlan, name: str, rows: int, dialect: Dialect) -> Kern
     kernel, n = Kernel(name), tile_tokens(plan)
     k, v = (pieces_of(stream, kinds(plan)[0]) for stream in (plan.k, plan.v))
     declare(kernel, plan)
-    kernel.line("bh = tl.program_id(0).to(tl.int64)")
-    kernel.line(f"b = bh // {plan.k.heads}")
-    kernel.line(f"h = bh % {plan.k.heads}")
-    kernel.line("split = tl.program_id(1)")
-    kernel.line(f"row = tl.program_id(2) * {rows} + tl.arange(0, {rows})")
-    kernel.line("length = tl.load(length_of + b)")
-    for role in ("k", "v"):
-        kernel.line(f"{role}_end = tl.minimum(tl.load({role}_encoded + b), length)")
+    write_row(kernel, plan, rows)
     for reader in (*readers_in(k), *readers_in(v)):
         reader.write_columns(kernel)
     _write_queries(kernel, plan, k)
@@ -104,6 +98,22 @@ def _attend(plan: AttentionPlan, name: str, rows: int, dialect: Dialect) -> Kern
         _write_values(kernel, plan, v, dialect.precision)
     _write_partials(kernel, plan, v)
     return kernel
+
+
+def write_row(kernel: Kernel, plan: AttentionPlan, rows: int = 0) -> None:
+    """Bind the KV head and the split of a program, and how far its row is filled and encoded.
+
+    `rows`: of a tile of queries, if there are several.
+    """
+    kernel.line("bh = tl.program_id(0).to(tl.int64)")
+    kernel.line(f"b = bh // {plan.k.heads}")
+    kernel.line(f"h = bh % {plan.k.heads}")
+    kernel.line("split = tl.program_id(1)")
+    if rows:
+        kernel.line(f"row = tl.program_id(2) * {rows} + tl.arange(0, {rows})")
+    kernel.line("length = tl.load(length_of + b)")
+    for role in ("k", "v"):
+        kernel.line(f"{role}_end = tl.minimum(tl.load({role}_encoded + b), length)")
 
 
 def declare(kernel: Kernel, plan: AttentionPlan) -> None:

@@ -10,7 +10,7 @@ from ..ir.encodings import Int
 from ..ir.plan import AttentionPlan
 from ..ir.planes import code_bits, offset
 from .gpu_pages import PageReader
-from .gpu_text import LOG2_E, Kernel, both, load, write_softcap
+from .gpu_text import LOG2_E, Kernel, both, down, load, padded, write_softcap
 from .gpu_tiles import (
     Block,
     Cell,
@@ -48,11 +48,8 @@ def write_queries(kernel: Kernel, plan: AttentionPlan, k: tuple[Block, ...]) -> 
 
 def _query(plan: AttentionPlan, cell: Cell, array: str) -> str:
     """Return the load of the queries of a cell's channels, [channels, R]."""
-    inside = cell.inside
-    channel = f"({cell.channels})[:, None]"
-    at = f"(bh * rows + row)[None, :] * {plan.k.channels} + {channel}"
-    mask = both("exists[None, :]", f"({inside})[:, None]" if inside else "")
-    return load(f"{array} + {at}", mask)
+    at = f"(bh * rows + row)[None, :] * {plan.k.channels} + {down(f'({cell.channels})')}"
+    return load(f"{array} + {at}", both("exists[None, :]", down(cell.inside)))
 
 
 def _write_query_sums(
@@ -70,14 +67,11 @@ def _write_query_sums(
 def _write_float_queries(kernel: Kernel, plan: AttentionPlan, k: tuple[Block, ...]) -> None:
     """Bind each cell's queries in float32, less a power of two."""
     kernel.note("the queries, less the power of two over their largest")
-    channels = f"tl.arange(0, {_padded_channels(plan)})"
-    at = f"(bh * rows + row)[None, :] * {plan.k.channels} + {channels}[:, None]"
-    inside = (
-        ""
-        if _padded_channels(plan) == plan.k.channels
-        else (f"({channels} < {plan.k.channels})[:, None]")
-    )
-    kernel.line(f"q = {load(f'query + {at}', both('exists[None, :]', inside))}")
+    width = plan.k.channels
+    channels = f"tl.arange(0, {padded(width)})"
+    inside = "" if padded(width) == width else f"({channels} < {width})"
+    at = f"(bh * rows + row)[None, :] * {width} + {down(channels)}"
+    kernel.line(f"q = {load(f'query + {at}', both('exists[None, :]', down(inside)))}")
     kernel.line("q_bits = tl.max(tl.abs(q), axis=0).to(tl.int32, bitcast=True)")
     kernel.line("exponent = tl.minimum(tl.maximum((q_bits >> 23) - 126, -100), 100)")
     kernel.line("factor = ((exponent + 127) << 23).to(tl.float32, bitcast=True)")
@@ -87,10 +81,6 @@ def _write_float_queries(kernel: Kernel, plan: AttentionPlan, k: tuple[Block, ..
     for block in k:
         for cell in block.cells:
             kernel.line(f"{cell.name}_q = {_query(plan, cell, 'query')} * lower[None, :]")
-
-
-def _padded_channels(plan: AttentionPlan) -> int:
-    return 1 << (plan.k.channels - 1).bit_length()
 
 
 def write_scores(kernel: Kernel, plan: AttentionPlan, k: tuple[Block, ...]) -> None:
@@ -202,9 +192,5 @@ def _pairs(reader: PageReader, block: Block, name: str, plane: int) -> str:
     row = f"{role}_block // 4 + {field.offset // 4 + first}"
     if group < layout.tokens:
         row += f" + place % {layout.tokens} // {group} * {field.shape[1] // 2}"
-    columns = f"tl.arange(0, {block.wide})"
-    inside = block.width // 2
-    return load(
-        f"{role}_int32 + {row} + {columns}",
-        "" if inside == block.wide else (f"{columns} < {inside}"),
-    )
+    # A word has both parities of a cell, so it is masked as a cell is.
+    return load(f"{role}_int32 + {row} + tl.arange(0, {block.wide})", block.cells[0].inside)

@@ -147,12 +147,10 @@ class PageReader:
         """Return scale and zero of plane i, f32, as [tokens, 1], [1, width] or [tokens, width]."""
         fmt = self.coded()
         if isinstance(fmt, Bfp):
-            exponent = f"{self._parameter('exponent', i, here)}.to(tl.int32)"
-            power = f"({exponent} << 23).to(tl.float32, bitcast=True)"
-            return f"{power} * {2.0 ** (2 - fmt.mantissa)}", ""
+            return as_scale(fmt, self._parameter("exponent", i, here)), ""
         is_lone = isinstance(fmt, Lut) or fmt.zero == "none"
         zero = "" if is_lone else as_f32(self._parameter("zero", i, here), fmt.params)
-        return as_f32(self._parameter("scale", i, here), fmt.params), zero
+        return as_scale(fmt, self._parameter("scale", i, here)), zero
 
     def _parameter(self, name: str, i: int, here: str) -> str:
         """Return the stored parameters of plane i."""
@@ -218,6 +216,14 @@ def declare_pages(kernel: Kernel, stream: StreamPlan) -> None:
         kernel.array(f"{stream.role}_{field.dtype}", field.dtype)
     kernel.array(f"{stream.role}_table", "int64")
     kernel.scalar(f"{stream.role}_max_pages")
+
+
+def as_scale(fmt: Dense, stored: str) -> str:
+    """Return what a stored scale, or exponent, is, f32."""
+    if not isinstance(fmt, Bfp):
+        return as_f32(stored, fmt.params)
+    power = f"({stored}.to(tl.int32) << 23).to(tl.float32, bitcast=True)"
+    return f"{power} * {2.0 ** (2 - fmt.mantissa)}"
 
 
 def operand(operands: tuple[int, ...], code: str) -> str:

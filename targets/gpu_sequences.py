@@ -110,9 +110,9 @@ class Entries:
 
     @property
     def name(self) -> str:
-        """Name of the function in the emitted source: with the first bytes of the table."""
+        """Name of the function: with the whole table, for two may differ in one entry."""
         kind = "entries" if self.lanes == 8 else "entry_halves"
-        return f"{kind}_{bytes(self.operands[:3]).hex()}"
+        return f"{kind}_{bytes(self.operands).hex()}"
 
     @property
     def results(self) -> int:

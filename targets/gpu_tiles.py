@@ -21,7 +21,7 @@ from ..ir.halves import TILE, middle
 from ..ir.layouts import Part
 from ..ir.plan import AttentionPlan, StreamPlan
 from ..ir.planes import code_bits
-from .gpu_pages import PageReader, readers_of
+from .gpu_pages import PageReader, as_scale, readers_of
 from .gpu_sequences import STEP, Entries, Sequence
 from .gpu_text import Kernel, as_f32, load, padded
 
@@ -178,7 +178,7 @@ class Cell:
     def inside(self) -> str:
         """Mask of the numbers of the operand that are channels, or "" if all are."""
         count = self.block.width // self.step
-        return "" if count == self.block.wide else f"tl.arange(0, {self.block.wide}) < {count}"
+        return "" if count == self.block.wide else f"(tl.arange(0, {self.block.wide}) < {count})"
 
     @property
     def name(self) -> str:
@@ -272,12 +272,8 @@ def has_zero(reader: PageReader) -> bool:
 
 def scale_of(reader: PageReader, group: int) -> str:
     """Return the scales of a tile's tokens, f32 [N]."""
-    fmt = reader.coded()
-    if isinstance(fmt, Bfp):
-        exponent = load(reader.parameter_at("exponent", group))
-        power = f"({exponent}.to(tl.int32) << 23).to(tl.float32, bitcast=True)"
-        return f"{power} * {2.0 ** (2 - fmt.mantissa)}"
-    return as_f32(load(reader.parameter_at("scale", group)), fmt.params)
+    name = "exponent" if isinstance(reader.coded(), Bfp) else "scale"
+    return as_scale(reader.coded(), load(reader.parameter_at(name, group)))
 
 
 def zero_of(reader: PageReader, group: int) -> str:

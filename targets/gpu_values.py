@@ -102,10 +102,9 @@ def write_partials(kernel: Kernel, plan: AttentionPlan, v: tuple[Block, ...]) ->
         if terms:
             kernel.line(f"more = ({' '.join(terms)})[None, :]")
         for cell in cells:
-            inside = cell.inside
-            at = f"part[None, :] * {plan.v.channels} + ({cell.channels})[:, None]"
+            at = f"part[None, :] * {plan.v.channels} + {down(f'({cell.channels})')}"
             out = f"{cell.out} * {1.0 / cell.unit!r}" + (" + more" if terms else "")
-            mask = both("exists[None, :]", f"({inside})[:, None]" if inside else "")
+            mask = both("exists[None, :]", down(cell.inside))
             kernel.line(f"tl.store(part_out + {at}, {out}, mask={mask})")
     for piece in pieces_of(plan.v, TILES):
         if not piece.reader.is_stored:

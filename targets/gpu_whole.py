@@ -17,7 +17,7 @@ from __future__ import annotations
 from ..ir.arrangements import TILES
 from ..ir.halves import TILE
 from ..ir.plan import AttentionPlan, StreamPlan
-from .gpu_attend import declare, decode_rows
+from .gpu_attend import declare, decode_rows, write_row
 from .gpu_keys import write_queries, write_scores
 from .gpu_pages import declare_pages
 from .gpu_rest import write_rest
@@ -49,13 +49,7 @@ def attend_tiles(plan: AttentionPlan, dialect: Dialect) -> Kernel:
     k, v = key_blocks(plan, dialect), blocks_of(plan.v, TILES, halves=True)
     declare(kernel, plan)
     _declare(kernel, plan, k, v)
-    kernel.line("bh = tl.program_id(0).to(tl.int64)")
-    kernel.line(f"b = bh // {plan.k.heads}")
-    kernel.line(f"h = bh % {plan.k.heads}")
-    kernel.line("split = tl.program_id(1)")
-    kernel.line("length = tl.load(length_of + b)")
-    for role in ("k", "v"):
-        kernel.line(f"{role}_end = tl.minimum(tl.load({role}_encoded + b), length)")
+    write_row(kernel, plan)
     _write_bounds(kernel, plan)
     with kernel.block("if split < splits"):
         _write_split(kernel, plan, rows, k, v, dialect.stages)
@@ -126,10 +120,8 @@ def _declare(
 ) -> None:
     for stream, blocks in ((plan.k, k), (plan.v, v)):
         declare_pages(kernel, stream)
-        kernel.array(
-            f"{stream.role}_int16" if blocks[0].halves else f"{stream.role}_int8",
-            "int16" if blocks[0].halves else "int8",
-        )
+        kind = "int16" if blocks[0].halves else "int8"
+        kernel.array(f"{stream.role}_{kind}", kind)
     kernel.scalar("splits")
     if plan.query_bits is not None:
         kernel.array("query_codes", f"int{plan.query_bits}")

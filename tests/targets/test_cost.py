@@ -90,6 +90,11 @@ def test_splits_and_windows_are_counted() -> None:
     whole, _ = decode(SMALL, PLAN, KERNEL, 1, 8192)
     assert seen.issue == pytest.approx(whole.issue / 8)
     assert seen.read < whole.read / 4
+    # Splits that are at most so many: not 8 of 512 tokens, but 4 of 1,024.
+    few, parts = decode(SMALL, PLAN, replace(KERNEL, most_splits=4), 1, 4096)
+    assert parts == 4
+    # one block of four warps on a multiprocessor: each scheduler issues half of the time
+    assert few.issue == pytest.approx(1024 * 256 * 2.0 / (128 * 0.5 * 1e3))
 
 
 def test_more_work_takes_longer_and_a_better_device_less() -> None:

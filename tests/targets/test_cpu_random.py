@@ -19,7 +19,7 @@ from kvant.ir.plan import AttentionPlan
 from kvant.runtime.cache import Cache
 from kvant.runtime.launch_cpu import Kernels
 from kvant.runtime.stream import Floats, Stream
-from kvant.targets import cpu_scores_int, cpu_values_int
+from kvant.targets import cpu_scores_int, cpu_values_int, cpu_weights_int
 from kvant.targets.cpu import compile_cpu, emit, this_cpu
 
 from ..runtime.cache_bytes import stored_bytes
@@ -199,7 +199,8 @@ def test_a_doubled_integer_dot_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("mistake", ["steps", "zeros"])
 def test_a_wrong_rounding_of_weights_is_seen(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps, or sums of zero points, that are wrong by 1 %."""
-    right: Any = cpu_values_int.fma
+    module = {"steps": cpu_values_int, "zeros": cpu_weights_int}[mistake]
+    right: Any = module.fma
     wrong = {
         "steps": lambda a, b, c: (
             right(f"({a} * T.broadcast(T.float32(1.01), {LANES}))", b, c)
@@ -212,7 +213,7 @@ def test_a_wrong_rounding_of_weights_is_seen(mistake: str, monkeypatch: pytest.M
             else right(a, b, c)
         ),
     }
-    monkeypatch.setattr(cpu_values_int, "fma", wrong[mistake])
+    monkeypatch.setattr(module, "fma", wrong[mistake])
     cpu = this_cpu()
     files = {f"p0/{name}": data for name, data in compile_cpu(emit(INTEGER, cpu), cpu).items()}
     case = Case(INTEGER, {}, 1, None, SCRIPT, seed=3)

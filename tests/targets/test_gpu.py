@@ -172,6 +172,8 @@ def test_many_queries_are_attended_in_parts(monkeypatch: pytest.MonkeyPatch) -> 
     assert launched.count("combine") == 3  # 16, 16 and 13 queries
     for one, other in zip(whole, parts, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+    cache.attend(0, q[:, :, :33])
+    assert "attend" not in launched  # the 33rd query alone in a launch is rounded as the others are
 
 
 def test_tensors_made_in_inference_mode_may_be_written_outside() -> None:

@@ -192,3 +192,9 @@ def test_a_wrong_plain_form_is_seen(tmp_path: Path) -> None:
         for change in ((shift, ">> 2"), (f"& {sequence.mask}", "& 14")):
             with pytest.raises(AssertionError):
                 check_plain(sequence, tmp_path, change)
+
+
+def test_tables_that_differ_in_one_entry_have_functions_of_their_own() -> None:
+    one = tuple(range(16))
+    for lanes in (8, 16):
+        assert Entries(lanes, one).name != Entries(lanes, (*one[:-1], 100)).name
