@@ -28,16 +28,13 @@ from gpu_fp16 import fp16_attend
 from kvant.compiler import recipe as recipes
 from kvant.compiler.shape import parse_shape, shape_model
 from kvant.compiler.variants import rewrite
-from kvant.ir.arrangements import TILES
 from kvant.ir.errors import KvantError
+from kvant.ir.halves import TILE
 from kvant.ir.plan import AttentionPlan
 from kvant.targets import TARGETS, cost, gpu_counts
 from kvant.targets.gpu import DIALECTS, TRITON, Compiled, compile_kernels, launch_facts
-from kvant.targets.gpu_combine import COMBINE_ELEMENTS
-from kvant.targets.gpu_prepare import ROWS
-from kvant.targets.gpu_tiles import kinds, step_tokens
-from kvant.targets.gpu_whole import MOST_SPLITS
-from kvant.targets.kernel_text import KERNELS
+from kvant.targets.gpu_splits import merged_at_once, split_facts, tile_bytes
+from kvant.targets.kernel_text import GPU_KERNELS
 from kvant.targets.machines import DEVICES, GPUS, Gpu
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -104,7 +101,7 @@ def cases() -> Iterator[tuple[str, str, str]]:
 
 def kernels_for(shape: str, kind: str) -> tuple[str, ...]:
     """Return the kernels of a row."""
-    return tuple(KERNELS) if shape == page.MAIN and kind in ALL_KERNELS else ATTEND
+    return tuple(GPU_KERNELS) if shape == page.MAIN and kind in ALL_KERNELS else ATTEND
 
 
 def measure(name: str, shape: str, kind: str, only: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -136,7 +133,11 @@ def measure(name: str, shape: str, kind: str, only: tuple[str, ...] = ()) -> dic
     row["kernels"] = {x: _kernel(_count(x, y, gpu), y, gpu) for x, y in made.items()}
     attend = next(x for x in source.kernels if x.name == "attend").source()
     facts = launch_facts(source, gpu.backend)
-    row |= {"rows": facts["rows"]["attend"], "split_tokens": facts["split_tokens"]}
+    row |= {"rows": facts["rows"]["attend"]}
+    stages, kept = DIALECTS[gpu.backend].stages, made["attend"].facts
+    own = split_facts(plan, gpu, row["rows"], kept["shared"], kept["warps"], stages)
+    row["split_tokens"] = own["least_tiles"] * TILE if own else facts["split_tokens"]
+    row["most_splits"] = own.get("most_splits")
     return row | _loops(plan, attend, made["attend"], gpu)
 
 
@@ -170,7 +171,7 @@ def _kernel(counts: gpu_counts.Counts, kernel: Compiled, gpu: Gpu) -> dict[str, 
 def _loops(plan: AttentionPlan, text: str, kernel: Compiled, gpu: Gpu) -> dict[str, Any]:
     """Return what stands in the loops of attend."""
     counts = _count("attend", kernel, gpu)
-    passes = gpu_counts.passes_of(text, step_tokens(plan))
+    passes = gpu_counts.passes_of(text, TILE)
     try:
         main, step = gpu_counts.main_loop(counts, passes)
     except ValueError as error:
@@ -226,8 +227,7 @@ def stored_bytes(plan: AttentionPlan, tokens: int) -> int:
 
 def attend_of(row: dict[str, Any], plan: AttentionPlan) -> cost.Attend:
     """Return what the cost model needs to know of a compiled attend."""
-    many = 64 * plan.k.page_tokens  # tokens: enough that sink and tail are a small share
-    tile = stored_bytes(plan, many) * row["tokens"] / (many * plan.k.heads)
+    tile = tile_bytes(plan, row["tokens"])
     gpu, kernel = GPUS[row["gpu"]], row["kernels"]["attend"]
     return cost.Attend(
         per_element=row["vector_per_element" if gpu.backend == "hip" else "per_element"],
@@ -237,8 +237,8 @@ def attend_of(row: dict[str, Any], plan: AttentionPlan) -> cost.Attend:
         # Without a pipeline keys and values are asked for one after the other.
         ahead=tile * (row["stages"] - 1) if row["stages"] > 1 else tile / 2,
         split_tokens=row["split_tokens"],
-        merged=max(1, COMBINE_ELEMENTS // (ROWS * plan.v.channels)),
-        most_splits=MOST_SPLITS if kinds(plan)[0] == TILES else None,
+        merged=merged_at_once(plan),
+        most_splits=row["most_splits"],
     )
 
 

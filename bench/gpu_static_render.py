@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvant.targets.kernel_text import KERNELS
+from kvant.targets.kernel_text import GPU_KERNELS
 from kvant.targets.machines import DEVICES, GPUS
 
 MAIN = "32x8x128"
@@ -323,7 +323,7 @@ def _kernels(rows: Sequence[Row]) -> str:
         return ""
     head = ("kernel", "s to compile, at most", "spills", "registers", "shared memory", "compiled")
     lines = []
-    for name in KERNELS:
+    for name in GPU_KERNELS:
         found = [row["kernels"][name] for row in made if name in row["kernels"]]
         if not found:
             continue

@@ -4,6 +4,7 @@
     channel-quads   u8[P, W] of codes as [P / 16, W / 4, 16, 4]: four bytes of one token a lane
     token-quads     u8[P, W] of codes as [P / 4, W, 4]: four tokens of one byte a lane
     tiles           codes as in rows: 64 tokens are one operand of a GPU's matrix product
+    tiles-turned    codes turned around, [W, P]: the tokens of a byte column are neighbours
 
 Quads and tiles turn scales, zeros, exponents and sparse entries of tokens around, [C / gc, P],
 so that those of neighbouring tokens are neighbours; those of groups of tokens stay as they are.
@@ -20,8 +21,8 @@ from .encodings import Dense, Drop, Format, Int, SliceFormat, Slices, dense_of
 from .planes import plane_widths
 
 ROWS, CHANNEL_QUADS, TOKEN_QUADS = "rows", "channel-quads", "token-quads"
-TILES = "tiles"
-KINDS = (ROWS, CHANNEL_QUADS, TOKEN_QUADS, TILES)
+TILES, TURNED = "tiles", "tiles-turned"
+KINDS = (ROWS, CHANNEL_QUADS, TOKEN_QUADS, TILES, TURNED)
 # Numbers that share a lane of 32 bits; tokens that lie together in channel quads.
 QUAD, TILE = 4, 16
 CODES = ("codes", "high")
@@ -33,7 +34,7 @@ def holds(kind: str, fmt: Format | SliceFormat, tokens: int, channels: int) -> b
     Quads take codes of whole heads or of all slices; a plane of channels, a scale's channels and a
     scale's tokens must then be whole lanes of the sum.
     """
-    if kind in (ROWS, TILES):
+    if kind in (ROWS, TILES, TURNED):
         return True
     if isinstance(fmt, Slices):
         stored = [part for part in fmt.slices if not isinstance(part.format, Drop)]
@@ -69,7 +70,7 @@ def places(kind: str, tokens: int, name: str, rows: int, columns: int) -> Array:
     natural = np.arange(rows * columns).reshape(rows, columns)
     if kind == ROWS or (name not in CODES and rows < tokens):
         return natural
-    if name not in CODES:
+    if name not in CODES or kind == TURNED:
         return natural.reshape(columns, rows).T
     if kind == TILES:
         return natural

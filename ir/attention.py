@@ -141,10 +141,15 @@ def visible(
     return np.asarray(seen)
 
 
+def largest_query(bits: int) -> int:
+    """Return n, the largest integer that q becomes: one of 16 bits is two signed bytes."""
+    return 127 * 256 + 127 if bits == 16 else 2 ** (bits - 1) - 1
+
+
 def round_queries(q: Array, bits: int) -> Array:
     """Return q as a plan with integer arithmetic reads it: rounded per (row, head, query).
 
-        s = max|q| / (2^(bits - 1) - 1),    q^ = s round(q / s),    0 where q is all zero
+        s = max|q| / n with n = `largest_query`,    q^ = s round(q / s),    0 where q is all zero
 
     In float64 and with these operations, so every target gets the same integers: none may differ.
 
@@ -155,7 +160,7 @@ def round_queries(q: Array, bits: int) -> Array:
     Returns: float64, the shape of q.
     """
     x = np.asarray(q, dtype=np.float64)
-    step = np.abs(x).max(axis=-1, keepdims=True) / (2 ** (bits - 1) - 1)
+    step = np.abs(x).max(axis=-1, keepdims=True) / largest_query(bits)
     safe = np.where(step > 0.0, step, 1.0)
     return np.asarray(np.rint(x / safe) * step)
 

@@ -4,16 +4,20 @@ GPUs multiply a stored code u (or the entry of its table) in float16, which hold
 add in float32. In whole tiles of TILE tokens, what u is multiplied with becomes float16:
 
     keys, scales of tokens      nothing: q is already integers of 8 or 16 bits (`round_queries`)
-    keys, scales of channels    y = 2^-e q s, with e the exponent of the largest |q| of the row; the
-                                score is 2^e sum y^ u  +  sum q z
+    keys, scales of channels    q^ = 2^-e q, with e the exponent of the largest |q| of the row, then
+                                y = q^ s; the score is 2^e (sum y^ u + sum q^ z), and where zero
+                                points are codes 2^e sum y^ (u - z)
     values                      w = p s, with p the exponential of the score; the output is
                                 (sum w^ u + sum p z) / softmax's denominator
 
-z is what a code of zero stands for. y^ and w^ are nearest in float16, ties to even. Codes with
+z is what a code of zero stands for. q^, y^ and w^ are nearest in float16, ties to even. Codes with
 scales of tokens are counted from their middle where the format is symmetric, a table or of 8 bits,
 so that half as much is rounded; z then stands for the middle. Powers of two that kernels take out
 of w change nothing as long as float16 is normal; `Halves.slack` bounds what they change below, and
 what an exponential that is almost a tie may.
+
+Sparse entries of keys meet q as it is. Those of values meet p in float16, less a power of two that
+belongs to the tile: `Halves.slack` bounds what that changes, and the sums here leave p as it is.
 
 Tiles lie one after another from the first encoded token on. Whole is one whose tokens all are
 encoded, as keys and as values, and seen by the query. All others are multiplied in float32.
@@ -26,10 +30,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .arrays import Array
+from .arrays import Array, from_stored
 from .attention import EXACT
 from .encodings import Dense, Int, Lut
-from .planes import code_bits, offset
+from .planes import code_bits, low_bits, offset
 
 TILE = 64
 """Tokens of a tile."""
@@ -41,11 +45,9 @@ NORMAL = 14
 
 def middle(fmt: Dense) -> int:
     """Return the code, or the operand of a table, from which codes are counted."""
-    if isinstance(fmt, Int) and fmt.axis == "channel":
-        return 0
     if not isinstance(fmt, Int) or fmt.zero == "none":
         return offset(fmt)
-    return 128 if code_bits(fmt) == 8 else 0
+    return 128 if code_bits(fmt) == 8 and fmt.axis == "token" else 0
 
 
 def whole_tiles(
@@ -71,11 +73,14 @@ class Units:
     Attributes:
         first: position of the first token.
         channels: of the head.
-        units: f64[H, N, C], codes or entries of tables counted from their middle.
+        units: f64[H, N, C], codes or entries of tables counted from their middle; with scales of
+            channels from their zero points, if these are codes.
         scale: f64[H, N, C], of each number.
         lift: f64[C], what the queries of a channel are divided by before they are rounded, as much
             as its place in a byte multiplies the code by; see `planes.py`.
         per_channel: whether a scale belongs to a channel.
+        zero: f64[H, N, C], what a unit of zero stands for, where a scale belongs to a channel.
+        entries: f64[H, N, C], sparse entries where they are, or None if there is no room for any.
     """
 
     first: int
@@ -84,6 +89,8 @@ class Units:
     scale: Array
     lift: Array
     per_channel: bool
+    zero: Array
+    entries: Array | None = None
 
 
 def units_of(fmt: Dense, fields: Mapping[str, Array], first: int, channels: slice) -> Units:
@@ -91,14 +98,23 @@ def units_of(fmt: Dense, fields: Mapping[str, Array], first: int, channels: slic
     codes = fields["codes"]
     if isinstance(fmt, Lut):
         codes = np.asarray(fmt.operands)[codes]
-    scale = fmt.scales(fields)
-    for axis, size in ((1, codes.shape[1]), (2, codes.shape[2])):
-        scale = np.repeat(scale, size // scale.shape[axis], axis)
+    scale = _each(fmt.scales(fields), codes)
     per_channel = isinstance(fmt, Int) and fmt.axis == "channel"
-    units = codes.astype(np.float64) - middle(fmt)
-    bits, width = code_bits(fmt), codes.shape[2]
+    units, zero = codes.astype(np.float64) - middle(fmt), np.zeros_like(scale)
+    if isinstance(fmt, Int) and per_channel and fmt.zero != "none":
+        stored = _each(from_stored(fields["zero"], fmt.params), codes)
+        units, zero = (units - stored, zero) if fmt.zero == "int" else (units, stored)
+    # Of codes of three bits, planes are those of their low two.
+    bits, width = low_bits(fmt), codes.shape[2]
     lift = 2.0 ** (np.arange(width) * (8 // bits) // width * bits)
-    return Units(first, channels, units, scale, lift, per_channel)
+    return Units(first, channels, units, scale, lift, per_channel, zero)
+
+
+def _each(parameters: Array, codes: Array) -> Array:
+    """Return the scale or zero point of each code, f64[H, N, C]."""
+    for axis in (1, 2):
+        parameters = np.repeat(parameters, codes.shape[axis] // parameters.shape[axis], axis)
+    return parameters
 
 
 @dataclass(slots=True)
@@ -133,14 +149,15 @@ class Halves:
                 part = slice(begin - own.first, end - own.first)
                 q = (rows[b].astype(np.float64) * scale).astype(np.float32)
                 power = _power(q)
-                q = q[:, :, own.channels]
+                q = q[:, :, own.channels].astype(np.float64)
                 for h in range(len(q)):
-                    y = (q[h] / power[h])[:, None] * own.scale[h, part].astype(np.float32)
-                    change = half(y / own.lift) * own.lift * power[h][:, None]
-                    change -= q[h].astype(np.float64)[:, None] * own.scale[h, part]
+                    y = half(q[h] / power[h] / own.lift)[:, None] * own.scale[h, part]
+                    change = half(y) * own.lift * power[h][:, None]
+                    change -= q[h][:, None] * own.scale[h, part]
+                    lost = half(q[h] / power[h]) * power[h] - q[h]
                     scores[b, h, :, begin:end] += np.einsum(
                         "rtc,tc->rt", change, own.units[h, part]
-                    )
+                    ) + np.einsum("rc,tc->rt", lost, own.zero[h, part])
         return scores
 
     def outputs(self, weights: Array, log_total: Array, v: Array) -> Array:
@@ -164,7 +181,18 @@ class Halves:
                 change = np.einsum("hrtc,htc->hrc", rounded / total - w, units)
                 out[b][:, :, own.channels] += change
                 self.slack[b][:, :, own.channels] = np.einsum("hrtc,htc->hrc", slack, np.abs(units))
+                if own.entries is not None:
+                    self.slack[b][:, :, own.channels] += _entry_slack(p, own.entries[:, part])
         return out
+
+
+def _entry_slack(p: Array, entries: Array) -> Array:
+    """Return what float16 may change of p [H, R, N] times sparse entries [H, N, C], [H, R, C].
+
+    Kernels round p beside the largest of its tile: by half a step, or as a subnormal by 2^-25.
+    """
+    off = p * 2.0**-DIGITS + p.max(axis=-1, keepdims=True, initial=0.0) * 2.0**-25
+    return np.asarray(np.einsum("hrt,htc->hrc", off, np.abs(entries)))
 
 
 def half(x: Array) -> Array:

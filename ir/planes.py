@@ -38,6 +38,11 @@ def code_bits(fmt: Dense) -> int:
     return bits
 
 
+def low_bits(fmt: Dense) -> int:
+    """Return how many bits of a code the array "codes" holds."""
+    return ARRAYS[code_bits(fmt)][0][1]
+
+
 def offset(fmt: Dense) -> int:
     """Return what kernels take from what they multiply, in a format without zero points."""
     return OFFSET if isinstance(fmt, Lut) else 1 << code_bits(fmt) - 1

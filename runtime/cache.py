@@ -8,7 +8,7 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from ..ir.errors import KvantError
 from ..ir.layouts import PageLayout
 from ..ir.plan import AttentionPlan, StreamPlan
 from .columns import Columns, new_columns
+from .decode import Decode, open_decode
 from .memory import Array, Memory
 from .pace import SOON, Pace, new_pace
 from .pages import PagePool
@@ -26,7 +27,9 @@ from .stream import (
     Floats,
     Ints,
     Kernels,
+    New,
     Pair,
+    Span,
     Stream,
     cut,
     drop_pages,
@@ -49,7 +52,8 @@ from .tensors import (
     wrong_value,
 )
 
-Span = tuple[Ints, Ints]  # what the pages of a stream hold: positions [held, encoded) of each row
+if TYPE_CHECKING:
+    from .decode_steps import DecodeSteps
 
 
 @dataclass(slots=True)
@@ -122,6 +126,7 @@ class Cache:
         self.reserved = 0
         self.memory = kernels.memory
         self.pools = _open_pools(plans, self.batch, self.max_tokens, self.memory)
+        self.decode: Decode | None = None
         self.layers = tuple(
             self._new_layer(plan, new_columns(first), kernels.layouts(layer))
             for layer, plan in enumerate(plans)
@@ -171,7 +176,11 @@ class Cache:
         Raises: KvantError "unknown-layer", "wrong-type", "wrong-dtype", "wrong-device",
             "wrong-shape", "wrong-value", "non-finite", "cache-full", "scale-overflow".
         """
-        state = self._layer(layer, "append")
+        state = self.layer(layer, "append")
+        if self.decode is not None and lengths is None:
+            if self._append_soon(self.decode, layer, k, v):
+                return
+            self.decode = None
         pace = state.pace if lengths is None else None
         if pace is not None and pace.append(state, k, v, self.reserved):
             return
@@ -184,19 +193,26 @@ class Cache:
         length, columns = state.k.length + count, state.columns.grown(tokens, first, count)
         for stream in state.streams:
             make_room(stream, length, SOON if tokens == 1 else 0)
-        # Written past `length` and `encoded`: until these move, nothing has happened.
         try:
-            self.kernels.append(layer, state.k, new_k, first, count)
-            self.kernels.append(layer, state.v, new_v, first, count)
+            spans = self._update(layer, state, New(new_k, new_v, first, count))
         except KvantError:
             # The kernels look for NaN as they store; what was given is searched only after that.
             check_finite("k", self.memory.fetch(new_k), first, count, where)
             check_finite("v", self.memory.fetch(new_v), first, count, where)
             raise
-        _settle(state, self._encode_due(layer, state), length, columns)
+        _settle(state, spans, length, columns)
         _let_go(state, tails)
         if tokens == 1:
             state.pace = new_pace(self.kernels, layer, state, self.reserved, self.max_tokens)
+            if layer == len(self.layers) - 1:
+                self.decode = open_decode(self.layers, self.kernels, self.max_tokens, self.reserved)
+
+    def _append_soon(self, decode: Decode, layer: int, k: object, v: object) -> bool:
+        """Append one token on a device as what was found out before allows; return whether so."""
+        new_k, new_v = decode.read(layer, 0, k), decode.read(layer, 1, v)
+        if new_k is None or new_v is None or decode.reserved != self.reserved:
+            return False
+        return decode.append(layer, new_k, new_v)
 
     def attend(self, layer: int, q: object, return_lse: bool = False) -> Any:
         """Return attention of the last T_q columns over everything appended so far.
@@ -211,7 +227,11 @@ class Cache:
             "wrong-shape"; "window-given-back" where a layer with a sliding window is asked for
             queries of an earlier append, or of this one after a flush, beyond one page of tokens.
         """
-        state, where = self._layer(layer, "attend"), f"layer {layer}, attend"
+        state, where = self.layer(layer, "attend"), f"layer {layer}, attend"
+        if self.decode is not None:
+            soon = self.decode.attend(layer, q, return_lse)
+            if soon is not None:
+                return soon if return_lse else soon[0]
         x, kind = self.memory.read_floats("q", q)
         plan = state.plan
         check_shape("q", x.shape, (self.batch, plan.q_heads, "T", plan.k.channels), where)
@@ -234,6 +254,21 @@ class Cache:
             return result
         return result, self.memory.write_floats(lse, Kind(kind.library, "float32"))
 
+    def decode_steps(self, tokens: int) -> "DecodeSteps":
+        """Return steps of one token a row whose launches a CUDA graph may replay.
+
+        What is due is encoded now, and memory for `tokens` more columns is made.
+
+        Args:
+            tokens: steps that there may be.
+
+        Raises: KvantError "wrong-value", "not-on-a-device", "graph-capture", "steps-ended" where
+            layers differ in length, "cache-full", "out-of-memory".
+        """
+        from .decode_steps import DecodeSteps
+
+        return DecodeSteps(self, read_integer("tokens", tokens, 1))
+
     def flush(self) -> None:
         """Encode and give back now, in every layer, what the next append would."""
         for layer in range(len(self.layers)):
@@ -241,29 +276,29 @@ class Cache:
 
     def flush_layer(self, layer: int) -> None:
         """Encode and give back now what the next append to this layer would."""
-        state = self._layer(layer, "flush")
+        state = self.layer(layer, "flush")
         tails = state.k.tail, state.v.tail
-        _settle(state, self._encode_due(layer, state), state.k.length, state.columns)
+        _settle(state, self._update(layer, state, None), state.k.length, state.columns)
         _let_go(state, tails)
 
-    def _encode_due(self, layer: int, state: Layer) -> list[Span]:
-        """Write the pages of what is due and return what pages hold from now on, k's and v's.
+    def _update(self, layer: int, state: Layer, new: New | None) -> tuple[Span, Span]:
+        """Store new tokens, write the pages of what is due, and return what pages hold from now on.
 
-        What no window sees any more is not even written. Nothing counts before `_settle`; on an
-        error the pages are given back.
+        What no window sees any more is not even written. All is written past `length` and
+        `encoded`: until `_settle` moves these, nothing has happened. On an error the pages are
+        given back.
         """
-        spans = [(held_from(s, self.reserved), due(s, self.reserved)) for s in state.streams]
+        k, v = ((held_from(s, self.reserved), due(s, self.reserved)) for s in state.streams)
+        to_write = _unwritten(state.k, k), _unwritten(state.v, v)
         try:
-            for stream, (held, end) in zip(state.streams, spans, strict=True):
-                begin = np.maximum(stream.encoded, held)
-                if (end > begin).any():
-                    take_pages(stream, begin, end)
-                    self.kernels.encode(layer, stream, begin, end)
+            for stream, span in zip(state.streams, to_write, strict=True):
+                take_pages(stream, *span)
+            self.kernels.update(layer, state.streams, new, to_write)
         except BaseException:
             for stream in state.streams:
                 drop_pages(stream)
             raise
-        return spans
+        return k, v
 
     def check(self) -> None:
         """Refuse what a device found since the last check; on the CPU append itself refuses.
@@ -336,7 +371,8 @@ class Cache:
         self.check()
         write_state(self, path)
 
-    def _layer(self, layer: int, call: str) -> Layer:
+    def layer(self, layer: int, call: str) -> Layer:
+        """Return a layer's state. Raises: KvantError "unknown-layer"."""
         if type(layer) is int and 0 <= layer < len(self.layers):
             return self.layers[layer]
         try:
@@ -357,7 +393,7 @@ class Cache:
     ) -> tuple[Floats, Floats, Ints | None]:
         """Check everything about an append but its values."""
         plan = state.plan
-        new_k, new_v = (self.memory.read_floats(*x)[0] for x in (("k", k), ("v", v)))
+        new_k, new_v = self.memory.read_tokens("k", k), self.memory.read_tokens("v", v)
         check_shape("k", new_k.shape, (self.batch, plan.k.heads, "T", plan.k.channels), where)
         tokens = new_k.shape[2]
         check_shape("v", new_v.shape, (self.batch, plan.v.heads, tokens, plan.v.channels), where)
@@ -373,6 +409,12 @@ class Cache:
                 fix="create the cache with a larger max_tokens, or truncate it",
             )
         return new_k, new_v, padding
+
+
+def _unwritten(stream: Stream, span: Span) -> Span:
+    """Return what must be encoded so that pages hold a span."""
+    held, end = span
+    return np.maximum(stream.encoded, held), end
 
 
 def _let_go(layer: Layer, tails: tuple[Array, ...] = ()) -> None:

@@ -24,7 +24,7 @@ from .arguments import constant_arguments, stream_values
 from .bound import argument, bound_calls, bound_steps
 from .machine import this_machine, why_not
 from .memory import HOST, Memory
-from .stream import Floats, Ints, Pair, Steps, Stream
+from .stream import Floats, Ints, New, Pair, Span, Steps, Stream, update_in_turn
 
 Array = NDArray[Any]
 
@@ -205,8 +205,12 @@ class Kernels:
         own = plan.k.page_layout(), plan.v.page_layout()
         return replace(own[0], kind=k), replace(own[1], kind=v)
 
+    def update(self, layer: int, streams: Pair, new: New | None, due: tuple[Span, Span]) -> None:
+        """Store and encode; see `stream.Kernels`."""
+        update_in_turn(self, layer, streams, new, due)
+
     def append(self, layer: int, stream: Stream, x: Floats, first: Ints, count: Ints) -> None:
-        """Map and store new tokens; see `stream.Kernels`."""
+        """Map and store new tokens; see `stream.Kernels.update`."""
         plan, batch = stream.plan, len(first)
         if not batch or not x.size:
             return
@@ -227,7 +231,7 @@ class Kernels:
             )
 
     def encode(self, layer: int, stream: Stream, begin: Ints, end: Ints) -> None:
-        """Encode positions [begin, end) into pages; see `stream.Kernels`."""
+        """Encode positions [begin, end) into pages; see `stream.Kernels.update`."""
         plan, batch = stream.plan, len(begin)
         bad = np.zeros(batch * plan.heads, np.int64)
         values = stream_values(stream) | {"begin": begin, "end": end, "bad": bad}

@@ -6,7 +6,10 @@ the kernels' source through Triton's interpreter.
 """
 
 from collections.abc import Mapping, Sequence
+from copy import copy
+from ctypes import c_int64
 from dataclasses import replace
+from functools import cache, partial
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -17,17 +20,28 @@ from ..ir.halves import TILE, whole_tiles
 from ..ir.layouts import PageLayout
 from ..ir.plan import AttentionPlan
 from .arguments import constant_arguments, stream_values
+from .launch_block import Block
+from .launch_block import attend as attend_block
 from .memory import Memory, TorchMemory
-from .stream import Ints, Pair, Steps, Stream
+from .stream import Ints, New, Pair, Span, Steps, Stream
 
 Array = NDArray[Any]
 Tensor: TypeAlias = Any
 Grid: TypeAlias = tuple[int, int, int]
 
-MOST_QUERIES, LEAST_QUERIES = 1024, 16
-"""Queries of one launch, at most and at least."""
-PARTIAL_BYTES = 256 << 20
-"""What the partial results of one launch may take, where that leaves LEAST_QUERIES."""
+SPLITS = "least_tiles", "most_splits"
+"""Facts of plan and machine by which a row's length alone says how it is split."""
+
+
+class Prepared(Protocol):
+    """A kernel with its arguments, for launches that come at every token."""
+
+    def start(self, grid: Grid, stream: int, *changing: Tensor) -> None:
+        """Start the kernel on a stream: what `Launcher.stream` returned.
+
+        `changing`: tensors in the places that `prepare` was told of; their bytes are read as the
+        type that was there.
+        """
 
 
 class Launcher(Protocol):
@@ -35,6 +49,26 @@ class Launcher(Protocol):
 
     def launch(self, key: str, kernel: str, grid: Grid, arguments: Sequence[Any]) -> None:
         """Start a kernel of plan `key` on torch's current stream; numbers are int64."""
+
+    def prepare(
+        self, key: str, kernel: str, arguments: Sequence[Any], changing: Sequence[int]
+    ) -> Prepared:
+        """Return a kernel with arguments, which it keeps alive.
+
+        Args:
+            key: of the plan.
+            kernel: its name.
+            arguments: tensors; numbers; and cells (ctypes.c_int64), numbers that are read when the
+                kernel starts.
+            changing: places of tensors that are given anew at each start; an empty one of the type
+                stands there.
+        """
+
+    def stream(self) -> int:
+        """Return torch's current stream, as the driver calls it."""
+
+    def is_capturing(self) -> bool:
+        """Return whether that stream is being captured into a graph."""
 
 
 class Kernels:
@@ -70,99 +104,145 @@ class Kernels:
         """See `stream.Kernels`."""
         return self._memory
 
+    def only(self, layer: int) -> "Kernels":
+        """Return the kernels of one layer, as layer 0."""
+        one = copy(self)
+        one._plans, one._keys = (self._plans[layer],), (self._keys[layer],)
+        one._constants = [self._constants[layer]]
+        return one
+
     def layouts(self, layer: int) -> tuple[PageLayout, PageLayout]:
         """Return the layouts that the kernels were compiled for."""
         plan, (k, v) = self._plans[layer], self._launch_facts(layer)["layouts"]
         return replace(plan.k.page_layout(), kind=k), replace(plan.v.page_layout(), kind=v)
 
-    def append(self, layer: int, stream: Stream, x: Tensor, first: Ints, count: Ints) -> None:
-        """Map and store new tokens; see `stream.Kernels`. What is not finite, `check` refuses."""
-        batch, heads, tokens, _ = x.shape
-        if not batch or not tokens:
+    def update(self, layer: int, streams: Pair, new: New | None, due: tuple[Span, Span]) -> None:
+        """Store and encode in one launch; see `stream.Kernels`. What it cannot, `check` refuses."""
+        refuse_capture(self._launcher, "append of a layer")
+        k, v = streams
+        tokens = 0 if new is None else new.k.shape[2]
+        grid, encodes = self.append_grid(layer, len(k.length), tokens, _most(due[0]), _most(due[1]))
+        if not grid[0] * grid[1]:
             return
-        values = _stream_values(stream) | self._constants[layer]
-        values |= {"x": x, "first": first, "count": count, "bad": stream.bad[0], "tokens": tokens}
-        tile = self._launch_facts(layer)["tokens"]["append"]
-        self._call(
-            layer, f"append_{stream.plan.role}", (_tiles(tokens, tile), batch * heads), values
+        values = _stream_values(k) | _stream_values(v) | self._constants[layer]
+        values |= {"before": k.length, "tokens": tokens} | encodes
+        none = np.zeros(len(k.length), np.int64)
+        values |= {"first": none, "count": none} | self.new_tokens(layer, k.tail, v.tail)
+        if new is not None:
+            values |= {"first": new.first, "count": new.count}
+            values |= self.new_tokens(layer, new.k, new.v)
+        for stream, (begin, end) in zip(streams, due, strict=True):
+            role = stream.plan.role
+            values |= {f"{role}_begin": begin, f"{role}_end": end, f"{role}_bad": stream.bad}
+        self._call(layer, "append", grid, values)
+
+    def new_tokens(self, layer: int, k: Tensor, v: Tensor) -> dict[str, Any]:
+        """Return what append is given of new tokens: float32, bfloat16 or float16, as they are."""
+        types = self._launch_facts(layer)["append"]["types"]
+        of = {role: types[_name(x.dtype)] for role, x in (("k", k), ("v", v))}
+        return {"k_x": k, "k_type": of["k"], "v_x": v, "v_type": of["v"]}
+
+    def append_grid(
+        self, layer: int, batch: int, tokens: int, k_due: int, v_due: int
+    ) -> tuple[Grid, dict[str, int]]:
+        """Return the grid of append, and the two numbers that say which program does what.
+
+        Args:
+            layer: index.
+            batch: rows.
+            tokens: new ones of each row.
+            k_due: keys to encode of a row, at most.
+            v_due: values to encode of a row, at most.
+        """
+        facts = self._launch_facts(layer)["append"]
+        k, v = (
+            facts[role]["programs"] * _tiles(most, facts[role]["tokens"])
+            for role, most in (("k", k_due), ("v", v_due))
         )
+        programs = int(k + v) + 2 * _tiles(tokens, facts["rows"])
+        grid = programs, batch * self._plans[layer].k.heads, 1
+        return grid, {"k_encodes": k, "v_encodes": v}
 
     def steps(self, layer: int, streams: Pair) -> Steps | None:
-        """Return None: nothing is faster here than `append` and `encode`."""
+        """Return None: nothing is faster here than `update`."""
         return None
-
-    def encode(self, layer: int, stream: Stream, begin: Ints, end: Ints) -> None:
-        """Encode positions [begin, end) into pages; see `stream.Kernels`."""
-        batch, most = len(begin), int((end - begin).max(initial=0))
-        if most <= 0:
-            return
-        name = f"encode_{stream.plan.role}"
-        values = _stream_values(stream) | {"begin": begin, "end": end, "bad": stream.bad[1]}
-        tile = self._launch_facts(layer)["tokens"][name]
-        self._call(layer, name, (_tiles(most, tile), batch * stream.plan.heads), values)
 
     def attend(self, layer: int, q: Tensor, k: Stream, v: Stream) -> tuple[Tensor, Tensor]:
         """Return output and log-sum-exp; see `stream.Kernels`."""
-        queries = q.shape[2]
-        parts, step = [], self._queries_at_once(layer, k, q.shape[0])
-        for begin in range(0, queries, step):
-            end = min(queries, begin + step)
-            # These are the last queries of a row that ends where they end.
-            length = k.length - (queries - end)
-            own = q[:, :, begin:end].contiguous()
-            parts.append(self._attend(layer, own, k, v, length, alone=queries == 1))
-        if len(parts) == 1:
-            return parts[0]
-        outs, lses = zip(*parts, strict=True)
-        return self._memory.join(outs), self._memory.join(lses)
-
-    def _queries_at_once(self, layer: int, k: Stream, batch: int) -> int:
-        """Return how many queries of each row one launch may take."""
+        refuse_capture(self._launcher, "attend over a layer")
+        if q.shape[2] == 1:
+            return self._attend(layer, q.contiguous(), k, v)
         plan = self._plans[layer]
-        row = 4 * self._splits(layer, k.length) * (plan.v.channels + 2)
-        most = PARTIAL_BYTES // (row * batch * plan.q_heads)
-        return max(LEAST_QUERIES, min(MOST_QUERIES, most))
+        block = Block(
+            plan,
+            self._launch_facts(layer),
+            self._memory,
+            _stream_values(k) | _stream_values(v) | self._constants[layer],
+            partial(self._call, layer),
+            partial(self._buffers, plan),
+        )
+        return attend_block(block, q, k.length)
 
     def _splits(self, layer: int, length: Ints) -> int:
         sink, size = self._plans[layer].k.tokens.sink, self._launch_facts(layer)["split_tokens"]
         return max(1, _tiles(int(length.max()) - sink, size))
 
-    def _attend(
-        self, layer: int, q: Tensor, k: Stream, v: Stream, length: Ints, *, alone: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Attend the queries of one launch; `alone`: one query a row, and all that was asked."""
+    def _attend(self, layer: int, q: Tensor, k: Stream, v: Stream) -> tuple[Tensor, Tensor]:
+        """Attend one query of each row."""
         plan, facts = self._plans[layer], self._launch_facts(layer)
         batch, heads, queries, _ = q.shape
-        needed = queries * plan.group
-        kernel = "attend" if alone else "attend_block"
-        tiles = _tiles(needed, facts["rows"][kernel])
-        rows = tiles * facts["rows"][kernel]
+        tiles, rows = self.tiles_of_one(layer), self.rows_of_one(layer)
         groups = batch * plan.k.heads
-        splits, rest = self._splits(layer, length), 0
-        if alone and facts["rest_tokens"]:
-            splits, rest = self._parts_of_tiles(layer, k, v)
-        grid = (groups, splits + rest, tiles)
+        splits, parts = self.parts(layer, k.length, np.minimum(k.encoded, v.encoded))
         empty = self._memory.empty
         out = empty((batch, heads, queries, plan.v.channels))
         lse = empty((batch, heads, queries))
         values = _stream_values(k) | _stream_values(v) | self._constants[layer]
-        values |= {"q": q, "length_of": length, "out": out, "lse": lse}
-        values |= self._buffers(plan, groups * rows, splits + rest)
-        values |= {"splits": splits, "parts": splits + rest, "rows": rows, "queries": queries}
-        self._call(layer, "prepare", (groups, _tiles(needed, facts["rows"]["prepare"])), values)
-        self._call(layer, kernel, grid, values)
-        self._call(layer, "combine", (groups, _tiles(needed, facts["rows"]["combine"])), values)
+        values |= {"q": q, "length_of": k.length, "out": out, "lse": lse}
+        values |= self._buffers(plan, groups * rows, parts)
+        values |= {"splits": splits, "parts": parts, "rows": rows, "queries": queries}
+        values |= {name: facts[name] for name in SPLITS} | {"alone": 1}
+        self._call(layer, "prepare", (groups, tiles[0]), values)
+        self._call(layer, "attend", (groups, parts, tiles[1]), values)
+        self._call(layer, "combine", (groups, tiles[2]), values)
         return out, lse
 
-    def _parts_of_tiles(self, layer: int, k: Stream, v: Stream) -> tuple[int, int]:
-        """Return how many splits the whole tiles have, and how many parts what they leave."""
-        window, facts = self._plans[layer].window, self._launch_facts(layer)
-        begin, end = whole_tiles(k.length, np.minimum(k.encoded, v.encoded), k.sinks, window)
-        seen = k.length if window is None else np.minimum(k.length, window)
-        rest = seen - np.maximum(end - begin, 0)
-        last = np.where(end > begin, end - k.sinks, 0)
-        tokens = np.maximum(TILE * -(-last // (facts["most_splits"] * TILE)), facts["split_tokens"])
-        return int((-(-last // tokens)).max()), _tiles(int(rest.max()), facts["rest_tokens"])
+    def parts(self, layer: int, length: Ints, encoded: Ints) -> tuple[int, int]:
+        """Return how many splits one query a row has, and how many parts with what these leave.
+
+        Args:
+            layer: index.
+            length: int64[B], tokens of each row.
+            encoded: int64[B], end of what is encoded, as keys and as values.
+        """
+        plan, facts = self._plans[layer], self._launch_facts(layer)
+        if not facts["rest_tokens"]:
+            splits = self._splits(layer, length)
+            return splits, splits
+        begin, end = whole_tiles(length, encoded, plan.k.tokens.sink, plan.window)
+        whole = np.maximum(end - begin, 0)
+        seen = length if plan.window is None else np.minimum(length, plan.window)
+        splits = _splits_of(int(whole.max()) // TILE, facts)
+        rest = max(1, _tiles(int((seen - whole).max()), facts["rest_tokens"]))
+        return splits, splits + rest
+
+    def most_parts(self, layer: int, length: int, raw: int) -> tuple[int, int]:
+        """Return the most that `parts` may return for rows of up to some length.
+
+        Args:
+            layer: index.
+            length: tokens of a row, at most.
+            raw: tokens that are not encoded, at most, beside the sink.
+        """
+        plan, facts = self._plans[layer], self._launch_facts(layer)
+        if not facts["rest_tokens"]:
+            splits = self._splits(layer, np.array([length]))
+            return splits, splits
+        seen = length if plan.window is None else min(length, plan.window)
+        splits = min(facts["most_splits"], _tiles(seen // TILE, facts["least_tiles"]))
+        # Tiles that are cut at both ends, and one that is cut at both.
+        rest = min(seen, plan.k.tokens.sink + raw + 3 * TILE)
+        return splits, splits + max(1, _tiles(rest, facts["rest_tokens"]))
 
     def _buffers(self, plan: AttentionPlan, rows: int, parts: int) -> dict[str, Tensor]:
         """Return memory for the queries of all rows, and for their results of each part."""
@@ -171,11 +251,69 @@ class Kernels:
             "query": empty((rows * plan.k.channels,)),
             # Integers of at most 16 bits each, and what one is worth.
             "query_codes": empty((_tiles(rows * plan.k.channels, 2),)),
+            "query_halves": empty((_tiles(rows * plan.k.channels, 2),)),
             "query_step": empty((rows,)),
             "part_out": empty((rows * parts * plan.v.channels,)),
             "part_max": empty((rows * parts,)),
             "part_sum": empty((rows * parts,)),
         }
+
+    @property
+    def launcher(self) -> Launcher:
+        """What starts kernels."""
+        return self._launcher
+
+    @property
+    def torch_memory(self) -> TorchMemory:
+        """Where arrays are."""
+        return self._memory
+
+    def facts(self, layer: int) -> Mapping[str, Any]:
+        """Return what launch.json says of a layer's kernels."""
+        return self._launch_facts(layer)
+
+    def prepared(
+        self, layer: int, kernel: str, values: Mapping[str, Any], changing: Sequence[str] = ()
+    ) -> Prepared:
+        """Return a kernel with the arguments that stay.
+
+        Args:
+            layer: index.
+            kernel: its name.
+            values: by name, beside the layer's constants.
+            changing: names of tensors that are given at each start.
+        """
+        key, given = self._keys[layer], self._constants[layer] | dict(values)
+        specs = [spec.partition(":") for spec in self._launches[key]["kernels"][kernel]]
+        types = {name: dtype for name, _, dtype in specs}
+        given |= {name: self._memory.nothing(types[name]) for name in changing}
+        arguments = [self._stays(given[name], dtype) for name, _, dtype in specs]
+        names = list(types)
+        return self._launcher.prepare(
+            key, kernel, arguments, [names.index(name) for name in changing]
+        )
+
+    def _stays(self, value: Any, dtype: str) -> Any:
+        """Return an argument that stays: a tensor as the kernel's type, a number, or a cell."""
+        if dtype:
+            return self._memory.view(value, dtype)
+        return value if isinstance(value, c_int64) else int(value)
+
+    def rows_of_one(self, layer: int) -> int:
+        """Return the rows of the tiles that one query of all heads of a group takes."""
+        size = int(self._launch_facts(layer)["rows"]["attend"])
+        return size * _tiles(self._plans[layer].group, size)
+
+    def tiles_of_one(self, layer: int) -> tuple[int, int, int]:
+        """Return how many tiles of heads prepare, attend and combine have for one query."""
+        rows, group = self._launch_facts(layer)["rows"], self._plans[layer].group
+        prepare, attend, combine = (rows[name] for name in ("prepare", "attend", "combine"))
+        return _tiles(group, prepare), _tiles(group, attend), _tiles(group, combine)
+
+    def scratch(self, layer: int, batch: int, parts: int) -> dict[str, Tensor]:
+        """Return memory for what the kernels of one query a row leave for one another."""
+        plan = self._plans[layer]
+        return self._buffers(plan, batch * plan.k.heads * self.rows_of_one(layer), parts)
 
     def check(self, streams: Sequence[Stream]) -> None:
         """Wait for the device, and refuse what append or encode could not store.
@@ -198,11 +336,20 @@ class Kernels:
         self, layer: int, kernel: str, grid: Sequence[int], values: Mapping[str, Any]
     ) -> None:
         key = self._keys[layer]
-        arguments = [
-            self._argument(spec, values) for spec in self._launches[key]["kernels"][kernel]
-        ]
+        specs = self._launches[key]["kernels"][kernel]
+        values = self._sent(specs, values)
+        arguments = [self._argument(spec, values) for spec in specs]
         whole = (*grid, 1, 1)[:3]
         self._launcher.launch(key, kernel, (whole[0], whole[1], whole[2]), arguments)
+
+    def _sent(self, specs: Sequence[str], values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the values with those of a kernel's that are on the host sent in one copy."""
+        given = {name: values[name] for name in (spec.partition(":")[0] for spec in specs)}
+        host = {name: x for name, x in given.items() if isinstance(x, np.ndarray)}
+        return {
+            **given,
+            **dict(zip(host, self._memory.place_all(tuple(host.values())), strict=True)),
+        }
 
     def _argument(self, spec: str, values: Mapping[str, Any]) -> Any:
         """Return one argument; arrays of the host are sent when a kernel asks for them."""
@@ -218,11 +365,43 @@ class Kernels:
         return self._launches[self._keys[layer]]
 
 
+def refuse_capture(launcher: Launcher, what: str) -> None:
+    """Refuse what a graph would replay with the numbers of now.
+
+    Raises: KvantError "graph-capture".
+    """
+    if launcher.is_capturing():
+        raise KvantError(
+            "graph-capture",
+            f"{what} while a CUDA graph is captured; a replay would use the counts of now again",
+            where="cache",
+            fix="use cache.decode_steps: plan() before the capture and before each replay, append "
+            "and attend inside the capture",
+        )
+
+
 def _stream_values(stream: Stream) -> dict[str, Any]:
     """Return a stream's arguments; of its table only the columns in use."""
     used = 1 + int(np.flatnonzero((stream.table >= 0).any(axis=0)).max(initial=0))
     role, table = stream.plan.role, stream.table[:, :used].copy()
     return stream_values(stream) | {f"{role}_table": table, f"{role}_max_pages": used}
+
+
+def _splits_of(tiles: int, facts: Mapping[str, Any]) -> int:
+    """Return how many splits some whole tiles have; `gpu_whole.write_tiles` has the same rule."""
+    return _tiles(tiles, max(_tiles(tiles, facts["most_splits"]), facts["least_tiles"]))
+
+
+@cache
+def _name(dtype: Any) -> str:
+    """Return NumPy's name of a type of torch."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _most(span: Span) -> int:
+    """Return the most positions of a row in [begin, end)."""
+    begin, end = span
+    return int((end - begin).max(initial=0))
 
 
 def _tiles(count: int, size: int) -> int:

@@ -5,24 +5,26 @@ They compute what the plan says on what the pages hold, with the records of `ir`
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..ir.arrangements import ROWS, TILES
+from ..ir.arrangements import ROWS, TILES, TURNED
 from ..ir.attention import EXACT, attend, round_queries
 from ..ir.encodings import Dense
 from ..ir.encodings.slices import with_prefix
 from ..ir.errors import KvantError
 from ..ir.halves import Halves, Units, units_of, whole_tiles
+from ..ir.halves_block import Narrow, single
 from ..ir.integers import Coded, Integers
 from ..ir.layouts import PageLayout, Part
 from ..ir.maps import apply
 from ..ir.plan import AttentionPlan, StreamPlan
 from ..ir.tolerance import score_rounding
 from .memory import HOST, Memory
-from .stream import Floats, Ints, Pair, Steps, Stream
+from .stream import Floats, Ints, New, Pair, Span, Steps, Stream, update_in_turn
 
 Array = NDArray[Any]
 
@@ -48,8 +50,12 @@ class Kernels:
         plan = self._plans[layer]
         return plan.k.page_layout(), plan.v.page_layout()
 
+    def update(self, layer: int, streams: Pair, new: New | None, due: tuple[Span, Span]) -> None:
+        """Store and encode; see `stream.Kernels`."""
+        update_in_turn(self, layer, streams, new, due)
+
     def append(self, layer: int, stream: Stream, x: Floats, first: Ints, count: Ints) -> None:
-        """Map and store new tokens as they came; see `stream.Kernels`."""
+        """Map and store new tokens as they came."""
         tokens = [x[row, :, first[row] : first[row] + count[row]] for row in range(len(x))]
         mapped = []
         for row, part in enumerate(tokens):
@@ -61,11 +67,11 @@ class Kernels:
             _store(stream, row, part)
 
     def steps(self, layer: int, streams: Pair) -> Steps | None:
-        """Return None: nothing is faster here than `append` and `encode`."""
+        """Return None: nothing is faster here than `update`."""
         return None
 
     def encode(self, layer: int, stream: Stream, begin: Ints, end: Ints) -> None:
-        """Encode positions [begin, end) of the tail; see `stream.Kernels`."""
+        """Encode positions [begin, end) of the tail."""
         layout, rest = stream.layout, stream.plan.tokens.rest
         for row in range(len(begin)):
             at, stop = int(begin[row]), int(end[row])
@@ -98,10 +104,10 @@ class Kernels:
         """Return output, log-sum-exp, and what ties of rounded probabilities may change of outputs.
 
         One query over streams in quads is computed as `ir/integers.py` says, over streams in tiles
-        as `ir/halves.py` says.
+        as `ir/halves.py` says; several on a device as `ir/halves_block.py` says.
         """
         plan = self._plans[layer]
-        rounding = rounding_of(plan, k, v) if q.shape[2] == 1 else None
+        rounding = rounding_of(plan, k, v, q.shape[2])
         if rounding is not None:
             rounding.near = 4 * score_rounding(self.queries(layer, q), read_stream(k), plan.scale)
         out, lse = attend(
@@ -128,9 +134,14 @@ class Kernels:
         return queries if plan.query_bits is None else round_queries(queries, plan.query_bits)
 
 
-def rounding_of(plan: AttentionPlan, k: Stream, v: Stream) -> Integers | Halves | None:
-    """Return the arithmetic of one query over two streams, or None where nothing is rounded."""
-    if (k.layout.kind, v.layout.kind) == (TILES, TILES):
+def rounding_of(
+    plan: AttentionPlan, k: Stream, v: Stream, queries: int = 1
+) -> Integers | Halves | Narrow | None:
+    """Return the arithmetic of queries over two streams, or None where nothing is rounded."""
+    if queries > 1:
+        is_narrow = plan.compute == "int" and k.memory is not HOST
+        return Narrow(_singles(k), _singles(v)) if is_narrow else None
+    if k.layout.kind == TILES and v.layout.kind in (TILES, TURNED):
         rows = range(len(k.length))
         k_units, v_units = ([_units(stream, row) for row in rows] for stream in (k, v))
         return Halves(k_units, v_units, whole_tiles_of(plan, k, v))
@@ -148,11 +159,40 @@ def whole_tiles_of(plan: AttentionPlan, k: Stream, v: Stream) -> list[tuple[int,
 
 def _units(stream: Stream, row: int) -> list[Units]:
     """Return the codes that a row's pages hold, slice by slice."""
-    first = int(stream.held[row])
+    first, count = int(stream.held[row]), int(stream.encoded[row] - stream.held[row])
     return [
-        units_of(dense, fields, first, slice(part.first, part.first + part.width))
+        replace(
+            units_of(dense, fields, first, slice(part.first, part.first + part.width)),
+            entries=_entries(part, fields, count),
+        )
         for part, dense, fields in _stored_parts(stream, row)
     ]
+
+
+def _entries(part: Part, fields: Mapping[str, Array], count: int) -> Array | None:
+    """Return the sparse entries of a part's first tokens where they are, f64[H, N, C], if any."""
+    if part.sparse is None:
+        return None
+    entries = np.zeros(fields["codes"].shape)
+    own = {name: fields[name][:, :count] for name in ("index", "value")}
+    part.sparse.add(entries[:, :count], own)
+    return entries
+
+
+def _singles(stream: Stream) -> list[Array]:
+    """Return what is stored of each row as kernels decode it, f32[H, length, D]."""
+    x, found = read_stream(stream).astype(np.float32), []
+    for row, own in enumerate(x):
+        length = int(stream.length[row])
+        begin, end = (min(length, int(at[row])) for at in (stream.held, stream.encoded))
+        for part, dense, fields in _stored_parts(stream, row):
+            decoded = single(dense, fields)[:, : end - begin]
+            if part.sparse is not None:
+                entries = {name: fields[name][:, : end - begin] for name in ("index", "value")}
+                part.sparse.add(decoded, entries)
+            own[:, begin:end, part.first : part.first + part.width] = decoded
+        found.append(own[:, :length])
+    return found
 
 
 def _coded(stream: Stream) -> list[list[Coded]]:

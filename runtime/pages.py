@@ -71,6 +71,12 @@ class PagePool:
         self.high += 1
         return self.high - 1
 
+    def reserve(self, count: int) -> None:
+        """Make the array so large that `count` more pages, or all there may be, stay in it."""
+        needed = min(self.capacity, self.used + count)
+        while self.grow is not None and len(self.pages) < needed:
+            self.pages = self.grow(self.pages, needed)
+
     def give_back(self, indices: Iterable[int]) -> None:
         """Take pages back. Their bytes stay until the page is given out again.
 

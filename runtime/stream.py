@@ -100,8 +100,51 @@ class Steps:
     kept: tuple[Array, ...]
 
 
+Span = tuple[Ints, Ints]
+"""Positions [begin, end) of each row, int64[B] each."""
+
+
+@dataclass(frozen=True, slots=True)
+class New:
+    """New tokens of a layer; row b's are x[b, :, first[b] : first[b] + count[b]].
+
+    Attributes:
+        k: f32[B, H, T, D].
+        v: f32[B, H, T, Dv].
+        first: int64[B].
+        count: int64[B].
+    """
+
+    k: Floats
+    v: Floats
+    first: Ints
+    count: Ints
+
+
 TYPES = ("float32", "bfloat16")
 """Number types of new tokens that `Steps` take."""
+
+
+class InTurn(Protocol):
+    """Kernels of the host, which store and encode one stream at a time."""
+
+    def append(self, layer: int, stream: Stream, x: Floats, first: Ints, count: Ints) -> None:
+        """Store new tokens of a stream; see `Kernels.update`."""
+
+    def encode(self, layer: int, stream: Stream, begin: Ints, end: Ints) -> None:
+        """Encode tokens of a stream; see `Kernels.update`."""
+
+
+def update_in_turn(
+    kernels: InTurn, layer: int, streams: Pair, new: New | None, due: tuple[Span, Span]
+) -> None:
+    """Do what `Kernels.update` does, one stream after the other."""
+    if new is not None:
+        for stream, x in zip(streams, (new.k, new.v), strict=True):
+            kernels.append(layer, stream, x, new.first, new.count)
+    for stream, (begin, end) in zip(streams, due, strict=True):
+        if (end > begin).any():
+            kernels.encode(layer, stream, begin, end)
 
 
 class Kernels(Protocol):
@@ -120,25 +163,24 @@ class Kernels(Protocol):
     def layouts(self, layer: int) -> tuple[PageLayout, PageLayout]:
         """Return the bytes of a page of k and of v that these kernels read and write."""
 
-    def append(self, layer: int, stream: Stream, x: Floats, first: Ints, count: Ints) -> None:
-        """Apply the online maps to x [B, H, T, D] and store it as positions length, length + 1, ...
+    def update(self, layer: int, streams: Pair, new: New | None, due: tuple[Span, Span]) -> None:
+        """Store new tokens of k and v, if any, and encode those that are due of each.
 
-        Row b's tokens are x[b, :, first[b] : first[b] + count[b]]. The tail is large enough. After
-        the maps they are rounded once and for all to the plan's raw type: `Tokens.as_raw`.
-        Raises: KvantError "non-finite" before anything is stored.
-        """
+        New tokens are mapped, rounded once and for all to the plan's raw type (`Tokens.as_raw`),
+        and stored as positions length, length + 1, ...; the tail is large enough. Those of [begin,
+        end) are encoded from the tail into pages that the table already names. `begin` is
+        `encoded`, or past it where a window already hides what is between; `end` is at most
+        `length`, so nothing new is due.
 
-    def encode(self, layer: int, stream: Stream, begin: Ints, end: Ints) -> None:
-        """Encode positions [begin, end) from the tail into pages that the table already names.
-
-        `begin` is `encoded`, or past it where a window already hides what is between.
+        Raises: KvantError "non-finite" before anything of that stream is stored, or
+            "scale-overflow".
         """
 
     def steps(self, layer: int, streams: Pair) -> Steps | None:
         """Return what appends one token a row and encodes, again and again.
 
         It is for the arrays that the streams have now, which must have room. No two streams share
-        `length` or `encoded`. None: that would not be faster than `append` and `encode`.
+        `length` or `encoded`. None: that would not be faster than `update`.
         """
 
     def attend(self, layer: int, q: Floats, k: Stream, v: Stream) -> tuple[Floats, Floats]:
@@ -276,6 +318,23 @@ def make_room(stream: Stream, new_length: Ints, ahead: int = 0) -> None:
         _move_tail(stream, _room_for(need))
 
 
+def fix_tail(stream: Stream, live: int) -> None:
+    """Make the tail so large that `slide_tail` alone makes room, seldom, for `live` tokens."""
+    if stream.tail.shape[2] < 3 * live + _TAIL_MIN:
+        _move_tail(stream, 3 * live + _TAIL_MIN)
+
+
+def slide_tail(stream: Stream) -> None:
+    """Copy what is live to the front of a tail of torch, whatever it lies over."""
+    live, at = _live(stream)
+    if len({*zip(live, at, strict=True)}) == 1:
+        stream.tail[:, :, : live[0]] = stream.tail[:, :, at[0] : at[0] + live[0]].clone()
+    else:
+        for row, (count, begin) in enumerate(zip(live, at, strict=True)):
+            stream.tail[row, :, :count] = stream.tail[row, :, begin : begin + count].clone()
+    stream.tail_first = stream.encoded.copy()
+
+
 def trim(stream: Stream) -> None:
     """Give memory back where the tail is far larger than what is in it."""
     live = max(0, int((stream.length - stream.encoded).max()))
@@ -293,8 +352,11 @@ def _slide_tail(stream: Stream) -> bool:
     live, at = _live(stream)
     if any(begin < count for count, begin in zip(live, at, strict=True)):
         return False
-    for row, (count, begin) in enumerate(zip(live, at, strict=True)):
-        stream.tail[row, :, :count] = stream.tail[row, :, begin : begin + count]
+    if len({*zip(live, at, strict=True)}) == 1:  # rows alike: one copy
+        stream.tail[:, :, : live[0]] = stream.tail[:, :, at[0] : at[0] + live[0]]
+    else:
+        for row, (count, begin) in enumerate(zip(live, at, strict=True)):
+            stream.tail[row, :, :count] = stream.tail[row, :, begin : begin + count]
     stream.tail_first = stream.encoded.copy()  # the old place was right until here
     return True
 

@@ -28,10 +28,11 @@ from ..ir.tolerance import score_rounding, share_of_allowed
 from .artifact import Artifact, load, read_contents
 from .cache import Cache
 from .constants import Array
+from .launch_gpu import Kernels as DeviceKernels
 from .launch_reference import Kernels as ReferenceKernels
 from .launch_reference import read_stream
 from .memory import Memory
-from .stream import Floats, Kernels, Pair, Steps, Stream
+from .stream import Floats, Kernels, New, Pair, Span, Steps, Stream
 from .target import choose_target
 
 BATCH = 2
@@ -68,21 +69,22 @@ class _Shifted:
         """See `stream.Kernels`."""
         self.kernels.check(streams)
 
-    def append(self, layer: int, stream: Stream, x: Floats, first: Any, count: Any) -> None:
+    def update(self, layer: int, streams: Pair, new: New | None, due: tuple[Span, Span]) -> None:
         """See `stream.Kernels`."""
-        self.kernels.append(self.at + layer, stream, x, first, count)
+        self.kernels.update(self.at + layer, streams, new, due)
 
     def steps(self, layer: int, streams: Pair) -> Steps | None:
         """See `stream.Kernels`."""
         return self.kernels.steps(self.at + layer, streams)
 
-    def encode(self, layer: int, stream: Stream, begin: Any, end: Any) -> None:
-        """See `stream.Kernels`."""
-        self.kernels.encode(self.at + layer, stream, begin, end)
-
     def attend(self, layer: int, q: Floats, k: Stream, v: Stream) -> tuple[Floats, Floats]:
         """See `stream.Kernels`."""
         return self.kernels.attend(self.at + layer, q, k, v)
+
+
+def _alone(kernels: Kernels, layer: int) -> Kernels:
+    """Return the kernels of one layer, for a cache whose only layer is layer 0."""
+    return kernels.only(layer) if isinstance(kernels, DeviceKernels) else _Shifted(kernels, layer)
 
 
 def verify(path: str | Path, target: str = "auto", id: str | None = None) -> dict[str, Any]:
@@ -145,7 +147,7 @@ def _check_layer(
     plan, constants = artifact.plans[layer], artifact.constants[layer]
     rng = np.random.default_rng(layer)
     caches = [
-        Cache((plan,), _Shifted(kernels, layer), batch=BATCH, max_tokens=1 << 20, start=[0, START])
+        Cache((plan,), _alone(kernels, layer), batch=BATCH, max_tokens=1 << 20, start=[0, START])
         for kernels in (artifact.kernels, reference)
     ]
     history: tuple[list[Floats], list[Floats]] = ([], [])
@@ -157,7 +159,8 @@ def _check_layer(
         history[0].append(k)
         history[1].append(v)
         for cache in caches:
-            cache.append(0, k, v)
+            # On a device: a tensor of it, for the kernels that come at every token take no other.
+            cache.append(0, cache.memory.place(k), cache.memory.place(v))
         shares = []
         for i, stream in enumerate((plan.k, plan.v)):
             given = apply(stream.maps, np.concatenate(history[i], axis=2), constants)
@@ -219,7 +222,12 @@ def computed_share(
     """Return the error of attend over the same pages, as a share of what is allowed."""
     k, v = cache.layers[0].streams
     memory = cache.memory
-    out, lse = (memory.fetch(x) for x in cache.kernels.attend(0, memory.place(q), k, v))
+    given = memory.place(q)
+    if q.shape[2] == 1:  # the way of a decoding loop
+        found = cache.attend(0, given, return_lse=True)
+    else:
+        found = cache.kernels.attend(0, given, k, v)
+    out, lse = (memory.fetch(x) for x in found)
     *right, slack = reference.attend_and_slack(np.float64, layer, q, k, v)
     plain = reference.attend_in(np.float32, layer, q, k, v)
     floor = score_rounding(reference.queries(layer, q), read_stream(k), plan.scale)

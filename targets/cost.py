@@ -12,13 +12,13 @@ takes the largest of three times, after a beginning of its own:
 `ahead` are the bytes that a block has asked for and not yet got: few blocks cannot fill the memory
 however fast it is (Little's law). All numbers of this module are predictions; none was measured.
 Source: the roofline of issue slots follows Williams et al., Roofline, 2009, with instructions for
-operations; waves and the rule for splits, FlashInfer's XQA kernel (its pull request 4904).
+operations; waves, FlashInfer's XQA kernel (its pull request 4904).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from math import ceil, sqrt
+from dataclasses import dataclass, replace
+from math import ceil
 
 from ..ir.plan import AttentionPlan
 from .machines import Device
@@ -38,8 +38,10 @@ CACHE_LATENCY = 0.35
 """Microseconds of a load that the second cache holds: what combine waits for. Assumed."""
 MERGE_PASSES = 2
 """Times that combine goes over the splits: for the largest score, then for the sums."""
-MOST_WAVES = 8
-"""More waves than this never pay: each begins anew."""
+LEAST_SPLITS, MOST_SPLITS = 4, 128
+"""Of a row; what lies between is tried."""
+BATCHES, LENGTHS = (1, 2, 8), (4096, 32768, 131072)
+"""Rows, and tokens of a row, for which a number of splits must do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +54,7 @@ class Attend:
         warps: of a block.
         resident: blocks that a multiprocessor holds at once.
         ahead: bytes that a block has under way.
-        split_tokens: tokens of a split.
+        split_tokens: tokens of a split, at least; a split is whole multiples of them.
         merged: splits that combine reads at once.
         kernels: launches of a step: prepare, attend, combine.
         most_splits: of a row; longer rows have longer splits. None: as many as there are.
@@ -124,7 +126,8 @@ def decode(
         tokens: of a row, all that is due encoded.
     """
     count = max(1, ceil((tokens - plan.k.tokens.sink) / attend.split_tokens))
-    count = count if attend.most_splits is None else min(count, attend.most_splits)
+    if attend.most_splits is not None:
+        count = ceil(count / ceil(count / attend.most_splits))
     blocks = batch * plan.k.heads * count
     seen = tokens if plan.window is None else min(tokens, plan.window)
     elements = batch * plan.k.heads * seen * (plan.k.channels + plan.v.channels)
@@ -137,54 +140,31 @@ def decode(
     return _waves(device, attend, block, blocks, merge), count
 
 
-def splits_on(
-    device: Device, plan: AttentionPlan, attend: Attend, batch: int, tokens: int, tile: int
-) -> int:
-    """Return into how many parts the tokens of a row are best split on a device.
+def most_splits(device: Device, plan: AttentionPlan, attend: Attend) -> int:
+    """Return the most splits of a row that are best for all of BATCHES and LENGTHS.
+
+    A batch alone would be best with splits of its own: one row must fill the memory with what it
+    has asked for, eight rows do so with few splits each. But then the batch would change the order
+    of sums. So one number is taken, by which the worst of them loses least.
 
     Args:
         device: where it runs.
         plan: what is stored.
-        attend: the kernel; its own split_tokens does not matter.
-        batch: rows.
-        tokens: of a row.
-        tile: tokens that are split no further.
+        attend: the kernel; a split is whole multiples of its split_tokens.
     """
-    slots, heads = device.sms * attend.resident, batch * plan.k.heads
-    elements = tile * (plan.k.channels + plan.v.channels)
-    stored = _stored(plan, tokens) / (tokens * plan.k.heads) * tile
-    block = Block(stored, elements * attend.per_element, elements * attend.rows)
-    one = max(_limits(device, attend, block, min(slots, heads * ceil(tokens / tile))))
-    begin = BEGINNING * device.latency / one
-    merge = MERGE_PASSES * CACHE_LATENCY / attend.merged / one
-    return splits(slots, heads, ceil(tokens / tile), begin=begin, merge=merge)
-
-
-def splits(slots: int, heads: int, tiles: int, *, begin: float = 10.0, merge: float = 0.22) -> int:
-    """Return into how many parts the tokens are best split.
-
-        time = waves (ceil(tiles / splits) + begin) + merge splits
-
-    in tiles, with the constants of XQA. Of w waves the best splits are sqrt(w tiles / merge), or as
-    many as w waves hold if those are fewer; of these numbers the best is taken.
-
-    Args:
-        slots: blocks that the device holds at once.
-        heads: rows of the batch times KV heads: blocks of one split.
-        tiles: of the tokens of a row.
-        begin: of a block, in tiles.
-        merge: of one split, in tiles.
-    """
-
-    def time(count: int) -> tuple[float, int]:
-        waves = ceil(heads * count / slots)
-        return waves * (ceil(tiles / count) + begin) + merge * count, count
-
-    found = {1}
-    for waves in range(1, MOST_WAVES + 1):
-        best = min(waves * slots // heads, round(sqrt(waves * tiles / merge)))
-        found.add(max(1, min(tiles, best)))
-    return min(found, key=time)
+    counts = range(LEAST_SPLITS, MOST_SPLITS + 1)
+    lost = dict.fromkeys(counts, 1.0)
+    for batch in BATCHES:
+        for tokens in LENGTHS:
+            times = {
+                most: decode(device, plan, replace(attend, most_splits=most), batch, tokens)[
+                    0
+                ].total
+                for most in counts
+            }
+            best = min(times.values())
+            lost = {most: max(worst, times[most] / best) for most, worst in lost.items()}
+    return min(counts, key=lambda most: lost[most])
 
 
 def _stored(plan: AttentionPlan, tokens: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..ir.attention import largest_query
 from ..ir.plan import AttentionPlan
 from .cpu_maps import write_maps
 from .cpu_quads import integer_queries
@@ -12,7 +13,7 @@ from .kernel_text import constant_arguments
 def prepare(plan: AttentionPlan) -> Kernel:
     """Return the kernel that turns q [B, Hq, T, D] into `query`, rows ordered [B, H, T, G].
 
-    query = scale * maps(q); under compute = int, rounded to steps of max|q| / (2^(bits - 1) - 1),
+    query = scale * maps(q); under compute = int, rounded to steps of max|q| / `largest_query`,
     with the integers and the steps besides.
     """
     kernel, width, group = Kernel("prepare"), plan.k.channels, plan.group
@@ -54,7 +55,7 @@ def _write_rounding(
     kernel.line(f"step[0] = {number(0.0, 1, 'float64')}")
     with kernel.block(f"for c in T.serial({width})"):
         kernel.line(f"step[0] = T.max(step[0], T.abs({y}[c]))")
-    kernel.let("s", f"step[0] / {number(float(2 ** (bits - 1) - 1), 1, 'float64')}")
+    kernel.let("s", f"step[0] / {number(float(largest_query(bits)), 1, 'float64')}")
     positive = f"s > {number(0.0, 1, 'float64')}"
     kernel.let("safe", f"T.Select({positive}, s, {number(1.0, 1, 'float64')})")
     with kernel.block(f"for c in T.serial({width})"):

@@ -17,20 +17,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..ir.arrangements import TILES
+from ..ir.arrangements import TILES, TURNED
 from ..ir.errors import KvantError
 from ..ir.plan import AttentionPlan
-from .gpu_append import APPEND_ROWS, append
-from .gpu_attend import attend, attend_block, block_rows, decode_rows
+from .gpu_append import append
+from .gpu_attend import attend, decode_rows
+from .gpu_block import attend_block, shape_of
 from .gpu_combine import combine
-from .gpu_encode import encode, tokens_at_once
+from .gpu_lane_attend import sequences_text as lane_sequences
 from .gpu_prepare import ROWS, prepare
 from .gpu_rest import PART
 from .gpu_sequences import GCN, PLAIN, PTX
+from .gpu_splits import split_facts
 from .gpu_text import Dialect, Kernel
 from .gpu_tiles import kinds
-from .gpu_whole import MOST_SPLITS, attend_tiles, sequences_of
-from .kernel_text import KERNELS
+from .gpu_unpack import unpack
+from .gpu_whole import LEAST_TILES, MOST_SPLITS, attend_tiles, sequences_of
+from .kernel_text import GPU_KERNELS
 from .machines import GPUS, Gpu
 from .source import Source, split_tokens
 from .source import why_not as why_no_target
@@ -40,6 +43,8 @@ TRITON = "3.9.0"
 MOST_CHANNELS = 256
 # Variables that the compiling process gets; others could change what is compiled.
 KEPT = ("PATH", "HOME", "TMPDIR", "LANG", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV")
+# Tokens of one program of append where kernels are read line by line; see `emit`.
+PLAIN_NEW = 16
 # What a machine needs to load the binaries, by major version.
 PACKAGES = {"cuda": {"cuda-bindings": "", "cuda-core": "1", "torch": "2"}, "hip": {"torch": "2"}}
 
@@ -47,34 +52,36 @@ PACKAGES = {"cuda": {"cuda-bindings": "", "cuda-core": "1", "torch": "2"}, "hip"
 HEAD = '"""Kernels of one attention plan in Triton, written by kvant."""\n\n'
 HEAD += "import triton\nimport triton.language as tl\n"
 # Products of f32 on tensor cores: three products of tf32 on NVIDIA's; AMD's take f32 as it is.
-# AMD's matrix products have 16 columns, and its compiler keeps no four bytes in one register.
+# AMD's matrix products have 16 columns, or 4 rows and 64 columns (`gpu_lanes.py`); its compiler
+# takes no four bytes as an operand of assembly.
 DIALECTS = {
     "cuda": Dialect(PTX, "tf32x3", has_bytes=True, least_rows=8, stages=3),
-    "hip": Dialect(GCN, "ieee", has_bytes=False, least_rows=16, stages=2),
+    "hip": Dialect(GCN, "ieee", has_bytes=False, least_rows=16, stages=2, lanes=True),
 }
 
 
-def emit(plan: AttentionPlan, backend: str = "cuda", *, plain: bool = False) -> Source[Kernel]:
+def emit(
+    plan: AttentionPlan, backend: str = "cuda", *, plain: bool = False, shared: int = 0
+) -> Source[Kernel]:
     """Return the kernels of a plan as text.
 
     Args:
         plan: what is stored and computed.
         backend: "cuda" or "hip".
         plain: without assembly, as Triton's interpreter takes it.
+        shared: bytes of shared memory for a block of the GPU; 0 for kernels that any can launch.
     """
     dialect = DIALECTS[backend]
     if plain:  # the interpreter takes as long for a line, whatever its arrays
-        dialect = replace(dialect, rest=PART)
-    k, v = kinds(plan)
+        dialect = replace(dialect, rest=PART, new=PLAIN_NEW)
+    (k, v), shape = kinds(plan, dialect), shape_of(plan, shared)
     kernels = (
-        prepare(plan, codes=k == TILES and plan.query_bits is not None),
-        append(plan.k),
-        append(plan.v),
-        encode(plan.k, k),
-        encode(plan.v, v),
+        prepare(plan, codes=k == TILES),
+        append(plan, (k, v), dialect),
         attend_tiles(plan, dialect) if k == TILES else attend(plan, dialect),
-        attend_block(plan, dialect),
-        combine(plan),
+        unpack(plan, dialect, shape.tokens),
+        attend_block(plan, dialect, shape),
+        combine(plan, tiles=k == TILES),
     )
     form = PLAIN if plain else dialect.form
     return Source(plan, kernels, HEAD + sequences_text(plan, dialect, form))
@@ -82,30 +89,29 @@ def emit(plan: AttentionPlan, backend: str = "cuda", *, plain: bool = False) -> 
 
 def sequences_text(plan: AttentionPlan, dialect: Dialect, form: str) -> str:
     """Return the functions that unpack codes in the kernels of a plan."""
+    if kinds(plan, dialect)[1] == TURNED:
+        return lane_sequences(plan, plain=form == PLAIN)
     found = sorted(sequences_of(plan, dialect), key=lambda sequence: sequence.name)
     return "".join(sequence.source(form) for sequence in found)
 
 
 def launch_facts(source: Source[Kernel], backend: str = "cuda") -> dict[str, Any]:
     """Return what a launcher must know, whatever the GPU."""
+    own = {kernel.name: kernel.facts for kernel in source.kernels}
     return {
-        "layouts": kinds(source.plan),
+        "layouts": kinds(source.plan, DIALECTS[backend]),
         "kernels": {kernel.name: kernel.arguments() for kernel in source.kernels},
         "split_tokens": split_tokens(source.plan),
-        # Of a part of what whole tiles leave; 0 where pages are no tiles.
+        "least_tiles": LEAST_TILES,
         "most_splits": MOST_SPLITS,
-        "rest_tokens": PART if kinds(source.plan)[0] == TILES else 0,
+        # Of a part of what whole tiles leave; 0 where pages are no tiles.
+        "rest_tokens": PART if kinds(source.plan, DIALECTS[backend])[0] == TILES else 0,
         "rows": {
             "attend": decode_rows(source.plan, DIALECTS[backend]),
-            "attend_block": block_rows(source.plan),
             "prepare": ROWS,
             "combine": ROWS,
         },
-        "tokens": {
-            "append": APPEND_ROWS,
-            "encode_k": tokens_at_once(source.plan.k),
-            "encode_v": tokens_at_once(source.plan.v),
-        },
+        **{name: own.get(name, {}) for name in ("append", "attend_block")},
     }
 
 
@@ -119,7 +125,9 @@ def compile_gpu(source: Source[Kernel], gpu: Gpu) -> dict[str, bytes]:
         _check(name, kernel.facts, gpu)
     suffix = "cubin" if gpu.backend == "cuda" else "hsaco"
     kept = {n: {k: m.facts[k] for k in ("entry", "shared", "warps")} for n, m in made.items()}
-    launch = launch_facts(source, gpu.backend) | {
+    launch = launch_facts(source, gpu.backend)
+    launch |= _splits(source.plan, launch, gpu, kept["attend"]) if "attend" in kept else {}
+    launch |= {
         "facts": _facts(gpu),
         "binaries": {
             name: fact | {"file": f"{name}.{suffix}", "threads": fact["warps"] * gpu.warp}
@@ -131,6 +139,15 @@ def compile_gpu(source: Source[Kernel], gpu: Gpu) -> dict[str, bytes]:
         "kernels.py": source.text().encode(),
         "launch.json": (json.dumps(launch, indent=1, sort_keys=True) + "\n").encode(),
     }
+
+
+def _splits(
+    plan: AttentionPlan, launch: dict[str, Any], gpu: Gpu, attend: dict[str, Any]
+) -> dict[str, int]:
+    """Return how rows are split; `attend`: facts of the binary."""
+    stages = DIALECTS[gpu.backend].stages
+    given = launch["rows"]["attend"], attend["shared"], attend["warps"], stages
+    return split_facts(plan, gpu, *given)
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +225,7 @@ def _facts(gpu: Gpu) -> dict[str, Any]:
         "system": "Linux",
         "gpu": gpu.name,
         "packages": PACKAGES[gpu.backend],
-        "kernels": KERNELS,
+        "kernels": GPU_KERNELS,
     }
 
 
@@ -241,7 +258,7 @@ def target_of(gpu: Gpu) -> Target:
         supports=why_not,
         available=available,
         stages=(
-            Stage("source", partial(emit, backend=gpu.backend)),
+            Stage("source", partial(emit, backend=gpu.backend, shared=gpu.shared)),
             Stage("binary", partial(_binary, gpu)),
         ),
     )

@@ -1,72 +1,93 @@
-"""The kernel append of one stream: online maps, one rounding, then sink or tail."""
+"""The kernel append: what an append does to k and v of a layer, in one launch.
+
+    new k [B, H, T, D] --> maps --> one rounding --> sink, tail         (the same of v)
+    tail of k, tokens that were due before --> codes, scales --> pages  (the same of v)
+
+The four parts are programs of one grid. None waits for another: what is due are tokens that stood
+in the tail before this append (`Tokens.encoded_end` of the old length), and new ones go to slots
+after them. So a step of decoding is one launch, whatever the formats, and takes as long as its
+longest program.
+
+A token that stands for itself goes through the tail too, and is encoded by the next append: until
+then it is attended as it came, and `truncate`, `reserve` and a saved state count on that. What it
+costs is one read of 4 bytes a number, by then from the cache of the GPU, in a program beside the
+one that stores the next token.
+
+RoPE is before all of this: every plan stores keys that were turned already, and a map after it does
+not commute with it (`ir/basis.py`).
+"""
 
 from __future__ import annotations
 
-from ..ir.plan import StreamPlan
-from .gpu_maps import channel_mask, load_block, write_maps
-from .gpu_text import LARGEST, Kernel, as_f32, both, write_bf16_bits
-from .kernel_text import append_arguments
-
-APPEND_ROWS = 8
-"""Tokens of one program of append."""
+from ..ir.plan import AttentionPlan, StreamPlan
+from .gpu_encode import declare_encode, programs_of, tokens_of, warps_of, write_encode
+from .gpu_store import TYPES, declare_store, write_store
+from .gpu_text import Dialect, Kernel
 
 
-def append(stream: StreamPlan) -> Kernel:
-    """Return the kernel that stores x [B, H, T, D] as the next positions of each row.
+def append(plan: AttentionPlan, kinds: tuple[str, str], dialect: Dialect) -> Kernel:
+    """Return the kernel that stores T new tokens a row of k and v and encodes what is due.
 
-    Where a number is not finite, after the maps or after rounding to the raw type, `bad[b * H + h]`
-    becomes 1 + a token that has one. Stored is past the row's length, so it is never read.
-    Grid: (ceil(T / APPEND_ROWS), B H).
+    Of row b new are the tokens first[b] + [0, count[b]) of k_x and v_x; they become positions
+    before[b], before[b] + 1, ... Due are positions [k_begin[b], k_end[b]) of k, and of v: whole
+    groups. What cannot be stored, `k_bad` and `v_bad`, int64[2, B H], say: of new tokens, then of
+    encoded ones.
+
+    Grid: (k_encodes + v_encodes + 2 ceil(T / rows), B H); how many programs encode so many tokens,
+    `facts` says.
+
+    Args:
+        plan: what is stored.
+        kinds: arrangement of the pages of k and of v.
+        dialect: of the machine.
     """
-    kernel, role = Kernel(f"append_{stream.role}"), stream.role
-    append_arguments(kernel, stream)
-    for name in ("tokens", f"{role}_capacity"):
+    kernel, streams = Kernel("append"), (plan.k, plan.v)
+    for name in ("first", "count", "before"):
+        kernel.array(name, "int64")
+    for stream in streams:
+        _declare(kernel, stream)
+    for name in ("tokens", "k_encodes", "v_encodes"):
         kernel.scalar(name)
+    kernel.facts |= {"rows": dialect.new, "types": TYPES}
+    kernel.warps = max(warps_of(s, kind, dialect) for s, kind in zip(streams, kinds, strict=True))
+    for stream, kind in zip(streams, kinds, strict=True):
+        kernel.facts[stream.role] = {
+            "tokens": tokens_of(stream, dialect),
+            "programs": programs_of(stream, kind, dialect),
+        }
+    kernel.line("program = tl.program_id(0)")
     kernel.line("bh = tl.program_id(1).to(tl.int64)")
-    kernel.line(f"b = bh // {stream.heads}")
-    if stream.maps:
-        kernel.line(f"h = bh % {stream.heads}")
-    kernel.line(f"t = tl.program_id(0) * {APPEND_ROWS} + tl.arange(0, {APPEND_ROWS})")
-    kernel.line("here = t < tl.load(count + b)")
-    source = f"x + (bh * tokens + tl.load(first + b) + t)[:, None] * {stream.channels} + c[None, :]"
-    load_block(kernel, source, stream.channels, "here")
-    write_maps(kernel, stream.maps, stream.channels, APPEND_ROWS, "h")
-    _write_rounding(kernel, stream)
-    _write_store(kernel, stream)
+    kernel.line(f"b = bh // {plan.k.heads}")
+    kernel.line(f"h = bh % {plan.k.heads}")
+    kernel.line("first_store = k_encodes + v_encodes")
+    kernel.line("stores = (tl.num_programs(0) - first_store) // 2")
+    _write_parts(kernel, plan, kinds, dialect)
     return kernel
 
 
-def _write_rounding(kernel: Kernel, stream: StreamPlan) -> None:
-    """Bind `kept` to y as the raw type holds it, and flag what is not finite."""
-    kernel.note(f"round once to {stream.tokens.raw.dtype}, and flag what is not finite")
-    kernel.line("single = y.to(tl.float32)")
-    match stream.tokens.raw.dtype:
-        case "f32":
-            kernel.line("kept = single")
-        case "f16":
-            kernel.line("kept = single.to(tl.float16).to(tl.float32)")
-        case "bf16":
-            write_bf16_bits(kernel, "single")
-            kernel.line(f"kept = {as_f32('bits', 'bf16')}")
-    # Rounding may make Inf, and may lose a NaN.
-    kernel.line(f"finite = (tl.abs(single) <= {LARGEST}) & (tl.abs(kept) <= {LARGEST})")
-    mask = both("here[:, None]", channel_mask(stream.channels))
-    kernel.line(f"wrong = tl.max(tl.where(finite, 0, 1) * ({mask}), axis=1)")
-    kernel.line("most = tl.max(wrong * (t + 1), axis=0)")
-    with kernel.block("if most > 0"):
-        kernel.line("tl.store(bad + bh, most.to(tl.int64))")
+def _declare(kernel: Kernel, stream: StreamPlan) -> None:
+    role = stream.role
+    declare_store(kernel, stream)
+    kernel.array(f"{role}_tail", "float32")
+    kernel.array(f"{role}_tail_first", "int64")
+    kernel.scalar(f"{role}_capacity")
+    declare_encode(kernel, stream)
+    kernel.array(f"{role}_bad", "int64")
 
 
-def _write_store(kernel: Kernel, stream: StreamPlan) -> None:
-    role, sink, width = stream.role, stream.tokens.sink, stream.channels
-    columns = channel_mask(width)
-    kernel.line(f"position = tl.load({role}_length + b) + t")
-    kernel.line(f"slot = bh * {role}_capacity + position - tl.load({role}_tail_first + b)")
-    in_tail = "here"
-    if sink:
-        in_tail = f"here & (position >= {sink})"
-        target = f"{role}_sink + (bh * {sink} + position)[:, None] * {width} + c[None, :]"
-        mask = both(f"(here & (position < {sink}))[:, None]", columns)
-        kernel.line(f"tl.store({target}, kept, mask={mask})")
-    target = f"{role}_tail + slot[:, None] * {width} + c[None, :]"
-    kernel.line(f"tl.store({target}, kept, mask={both(f'({in_tail})[:, None]', columns)})")
+def _write_parts(
+    kernel: Kernel, plan: AttentionPlan, kinds: tuple[str, str], dialect: Dialect
+) -> None:
+    """Write what the programs do, one sort after another; those that take longest come first."""
+    kernel.note("programs that encode due keys")
+    with kernel.block("if program < k_encodes"):
+        write_encode(kernel, plan.k, kinds[0], "program", dialect)
+    kernel.note("programs that encode due values")
+    with kernel.block("if (program >= k_encodes) & (program < first_store)"):
+        write_encode(kernel, plan.v, kinds[1], "program - k_encodes", dialect)
+    kernel.note("programs that store new keys")
+    with kernel.block("if (program >= first_store) & (program < first_store + stores)"):
+        write_store(kernel, plan.k, "program - first_store", dialect.new)
+    kernel.note("programs that store new values")
+    with kernel.block("if program >= first_store + stores"):
+        write_store(kernel, plan.v, "program - first_store - stores", dialect.new)

@@ -1,4 +1,4 @@
-"""The kernels attend and attend_block: one split of the keys for one tile of queries.
+"""The kernel attend in float32: one split of the keys for one query a row.
 
 Split 0 holds the positions [0, sink + C), split i holds [sink + i C, sink + (i + 1) C), with C
 whole pages of K. Tiles of N tokens begin at sink + j N, so a tile of pages lies in one page of K.
@@ -15,11 +15,10 @@ summed before is then shrunk by a power of two, without rounding.
 from __future__ import annotations
 
 from ..ir.arrangements import ROWS
-from ..ir.plan import AttentionPlan
+from ..ir.plan import AttentionPlan, StreamPlan
 from .gpu_pages import declare_pages, readers_of
 from .gpu_sources import Piece, pieces_of, readers_in, write_place, write_raw, write_stored
 from .gpu_text import (
-    LEAST_DOT,
     LN_2,
     LOG2_E,
     Dialect,
@@ -51,14 +50,6 @@ def _columns(plan: AttentionPlan) -> int:
     )
 
 
-def block_rows(plan: AttentionPlan) -> int:
-    """Return the rows (query, head of the group) of a tile of attend_block.
-
-    As many as tokens, but the least where a tile has many columns: sm_89 has 99 KiB for both.
-    """
-    return tile_tokens(plan) if _columns(plan) <= 128 else LEAST_DOT
-
-
 def decode_rows(plan: AttentionPlan, dialect: Dialect) -> int:
     """Return the rows of a tile of attend: the group, made a size that a matrix product takes."""
     return padded(plan.group, dialect.least_rows)
@@ -69,18 +60,14 @@ def attend(plan: AttentionPlan, dialect: Dialect) -> Kernel:
     return _attend(plan, "attend", decode_rows(plan, dialect), dialect)
 
 
-def attend_block(plan: AttentionPlan, dialect: Dialect) -> Kernel:
-    """Return the kernel that attends a tile of queries, causal between them, to one split."""
-    return _attend(plan, "attend_block", block_rows(plan), dialect)
-
-
 def _attend(plan: AttentionPlan, name: str, rows: int, dialect: Dialect) -> Kernel:
     """Return the kernel for a tile of rows: row = t * G + g, query t of head g of the group.
 
     Grid: (B H, splits, tiles of rows).
     """
     kernel, n = Kernel(name), tile_tokens(plan)
-    k, v = (pieces_of(stream, kinds(plan)[0]) for stream in (plan.k, plan.v))
+    own = zip((plan.k, plan.v), kinds(plan, dialect), strict=True)
+    k, v = (pieces_of(stream, kind) for stream, kind in own)
     declare(kernel, plan)
     write_row(kernel, plan, rows)
     for reader in (*readers_in(k), *readers_in(v)):
@@ -111,6 +98,11 @@ def write_row(kernel: Kernel, plan: AttentionPlan, rows: int = 0) -> None:
     kernel.line("split = tl.program_id(1)")
     if rows:
         kernel.line(f"row = tl.program_id(2) * {rows} + tl.arange(0, {rows})")
+    write_ends(kernel)
+
+
+def write_ends(kernel: Kernel) -> None:
+    """Bind how far row b is filled, and encoded."""
     kernel.line("length = tl.load(length_of + b)")
     for role in ("k", "v"):
         kernel.line(f"{role}_end = tl.minimum(tl.load({role}_encoded + b), length)")
@@ -121,18 +113,23 @@ def declare(kernel: Kernel, plan: AttentionPlan) -> None:
     kernel.array("query", "float32")
     kernel.array("length_of", "int64")
     for stream in (plan.k, plan.v):
-        role = stream.role
-        if stream.tokens.sink:
-            kernel.array(f"{role}_sink", "float32")
-        kernel.array(f"{role}_tail", "float32")
-        for name in ("tail_first", "encoded"):
-            kernel.array(f"{role}_{name}", "int64")
-        declare_pages(kernel, stream)
-        kernel.scalar(f"{role}_capacity")
+        declare_stream(kernel, stream)
     for name in ("part_out", "part_max", "part_sum"):
         kernel.array(name, "float32")
     for name in ("parts", "rows", "queries"):
         kernel.scalar(name)
+
+
+def declare_stream(kernel: Kernel, stream: StreamPlan) -> None:
+    """Declare where the tokens of a stream are."""
+    role = stream.role
+    if stream.tokens.sink:
+        kernel.array(f"{role}_sink", "float32")
+    kernel.array(f"{role}_tail", "float32")
+    for name in ("tail_first", "encoded"):
+        kernel.array(f"{role}_{name}", "int64")
+    declare_pages(kernel, stream)
+    kernel.scalar(f"{role}_capacity")
 
 
 def _write_queries(kernel: Kernel, plan: AttentionPlan, k: tuple[Piece, ...]) -> None:

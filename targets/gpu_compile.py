@@ -18,6 +18,8 @@ from typing import Any
 ENVIRONMENT = {
     "TRITON_DISABLE_LINE_INFO": "1",  # it would put paths into the binaries
     "TRITON_DEFAULT_FP_FUSION": "1",  # the default changes from one version to the next
+    # AMD's loads by descriptors: 4 instructions to make one, and no fewer for what it loads.
+    "AMDGCN_USE_BUFFER_OPS": "0",
 }
 POINTERS_ALIGNED = 16
 """Bytes: what the compiler may believe of every array; the launcher holds to it."""

@@ -80,7 +80,8 @@ _SASS_LINE = re.compile(
 )
 _SASS_LABEL = re.compile(r"([.$]\S+|\w+):\s*$")
 _GCN_LABEL = re.compile(r"(\.?\w+):")
-_GCN_LINE = re.compile(r"\s+([a-z]\w+.*?)\s*$")
+# Lines of assembly that kernels bring along begin in the first column.
+_GCN_LINE = re.compile(r"\s*([a-z]\w+.*?)\s*$")
 _COMMENT = re.compile(r";(?!.*Folded).*")
 
 
@@ -117,6 +118,11 @@ class LoopCount:
         return self.kinds.get("spill", 0)
 
     @property
+    def single(self) -> bool:
+        """Whether AMD's matrix instructions are those of float32."""
+        return any(re.match(r"v_mfma_f32_\w+_x?f32", opcode) for opcode, _ in self.opcodes)
+
+    @property
     def scalar_loads(self) -> int:
         """Global loads of 1 or 2 bytes a thread."""
         return sum(count for size, count in self.loads.items() if size < 4)
@@ -124,10 +130,17 @@ class LoopCount:
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """One pass through a loop of attend, as its text says: tokens, and tiles under way."""
+    """One pass through a loop of attend, as its text says.
+
+    Attributes:
+        tokens: of a pass.
+        stages: tiles under way.
+        single: whether its products are of float32.
+    """
 
     tokens: int
     stages: int
+    single: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,8 +172,13 @@ def main_loop(counts: Counts, passes: Sequence[Pass]) -> tuple[LoopCount, Pass]:
 
     Raises: ValueError where it cannot be said how many tokens a loop takes.
     """
-    if len(counts.loops) == len(passes) > 0:
-        pairs = list(zip(counts.loops, passes, strict=True))
+    loops = counts.loops
+    if sorted(one.single for one in loops) == sorted(one.single for one in passes):
+        # AMD's compiler changes their order: those of float32 apart, the others apart.
+        loops = tuple(sorted(loops, key=lambda one: one.single))
+        passes = sorted(passes, key=lambda one: one.single)
+    if len(loops) == len(passes) > 0:
+        pairs = list(zip(loops, passes, strict=True))
     elif counts.loops and len({one.tokens for one in passes}) == 1:
         pairs = [(loop, passes[0]) for loop in counts.loops]
     else:
@@ -231,7 +249,8 @@ def passes_of(source: str, tile: int) -> tuple[Pass, ...]:
         stages = re.search(r"num_stages=(\d+)", head[2])
         bounds = re.sub(r", \w+=\w+", "", re.sub(r"\([^()]*\)", "", head[2])).split(", ")
         step = int(bounds[2]) if len(bounds) == 3 else tile
-        found.append(Pass(step, int(stages[1]) if stages else 1))
+        single = any("input_precision" in x for x in _body(lines[i + 1 :], head[1]))
+        found.append(Pass(step, int(stages[1]) if stages else 1, single))
     return tuple(found)
 
 

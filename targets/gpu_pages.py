@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ..ir.arrangements import CODES, ROWS
+from ..ir.arrangements import CODES, ROWS, TURNED
 from ..ir.encodings import Bfp, Dense, Drop, Int, Lut, Raw
 from ..ir.layouts import PageLayout, Part
 from ..ir.plan import StreamPlan
@@ -167,7 +167,9 @@ class PageReader:
     def is_turned(self, name: str) -> bool:
         """Return whether a field lies as [columns, tokens] in the page: `ir/arrangements.py`."""
         is_own = self.part.field(name).shape[0] == self.layout.tokens
-        return self.layout.kind != ROWS and name not in CODES and is_own
+        if name in CODES:
+            return self.layout.kind == TURNED
+        return self.layout.kind != ROWS and is_own
 
     def parameter_at(self, name: str, column: int) -> str:
         """Return the pointers to each token's number in a column of a field."""
@@ -177,6 +179,8 @@ class PageReader:
     def at(self, name: str, first: int) -> str:
         """Return the pointers to a field from column `first` on, [tokens, width]."""
         column = across(f"{self.name}_w") + (f" + {first}" if first else "")
+        if self.is_turned(name):
+            column = f"({column}) * {self.layout.tokens}"
         return self._at(name, down(f"({self.row(name)})"), column)
 
     def _block(self, name: str, first: int, here: str) -> str:
@@ -193,15 +197,26 @@ class PageReader:
         size = np.dtype(field.dtype).itemsize
         tokens = self.layout.tokens // field.shape[0]
         index = f"{role}_t" if tokens == 1 else f"({role}_t // {tokens})"
-        block = f"{role}_block" if size == 1 else f"{role}_block // {size}"
+        block = block_in(role, size)
         start = f"{block} + {field.offset // size}" if field.offset else block
         return f"{start} + {index}" + ("" if self.is_turned(name) else f" * {field.shape[1]}")
 
     def coded(self) -> Dense:
         """Return the format, one with codes."""
-        if isinstance(self.part.format, Raw | Drop):
-            raise TypeError("the format has no codes")
-        return self.part.format
+        return coded(self.part)
+
+
+def coded(part: Part) -> Dense:
+    """Return the format of a part, one with codes."""
+    if isinstance(part.format, Raw | Drop):
+        raise TypeError("the format has no codes")
+    return part.format
+
+
+def block_in(role: str, size: int) -> str:
+    """Return where the head block begins, in numbers of `size` bytes."""
+    # A shift: that it is never negative, the compiler does not know.
+    return f"{role}_block" if size == 1 else f"({role}_block >> {size.bit_length() - 1})"
 
 
 def readers_of(stream: StreamPlan, kind: str) -> tuple[PageReader, ...]:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from ..ir.attention import largest_query
+from ..ir.encodings import Dense
 from ..ir.plan import AttentionPlan
+from ..ir.planes import low_bits
 from .gpu_maps import channel_mask, load_block, write_maps
 from .gpu_text import Kernel, both, write_rint
+from .gpu_tiles import block_bytes, plane_bytes
 from .kernel_text import constant_arguments
 
 ROWS = 4
@@ -14,16 +18,16 @@ ROWS = 4
 def prepare(plan: AttentionPlan, *, codes: bool) -> Kernel:
     """Return the kernel that turns q [B, Hq, T, D] into `query`, rows ordered [B, H, T, G].
 
-    query = scale * maps(q); under compute = int, rounded to steps of max|q| / (2^(bits - 1) - 1).
-    `codes`: write those integers as `query_codes` too, and what one is worth as `query_step`.
+    query = scale * maps(q); under compute = int, rounded to steps of max|q| / `largest_query`.
+    `codes`: write what matrix units take as `query_codes` too, and what a code of one is worth as
+    `query_step`: those integers, or where scales of channels meet them `_write_halves`.
     Grid: (B H, ceil(T G / ROWS)).
     """
     kernel, width = Kernel("prepare"), plan.k.channels
     kernel.array("q", "float32")
     kernel.array("query", "float32")
     if codes:
-        kernel.array("query_codes", f"int{plan.query_bits}")
-        kernel.array("query_step", "float32")
+        declare_codes(kernel, plan)
     constant_arguments(kernel, plan.q_maps)
     for name in ("queries", "rows"):
         kernel.scalar(name)
@@ -32,21 +36,65 @@ def prepare(plan: AttentionPlan, *, codes: bool) -> Kernel:
     write_maps(kernel, plan.q_maps, width, ROWS, "h")
     if plan.query_bits is not None:
         kernel.note(f"integers of {plan.query_bits} bits, to the last bit those of round_queries")
-        steps = 2 ** (plan.query_bits - 1) - 1
+        steps = largest_query(plan.query_bits)
         kernel.line(f"step = tl.max(tl.abs(y), axis=1) / {float(steps)}")
         kernel.line("safe = tl.where(step > 0.0, step, 1.0)")
         kernel.line("n = y / safe[:, None]")
         write_rint(kernel, "n")
         kernel.line("y = n * step[:, None]")
+    kernel.line(f"single = (y * {plan.scale!r}).to(tl.float32)")
     mask = both("here[:, None]", channel_mask(width))
     place = f"(bh * rows + row)[:, None] * {width} + c[None, :]"
-    if codes:
+    if codes and plan.query_bits is not None:
         kernel.line(f"tl.store(query_codes + {place}, n.to(tl.int{plan.query_bits}), mask={mask})")
         worth = f"(step * {plan.scale!r}).to(tl.float32)"
         kernel.line(f"tl.store(query_step + bh * rows + row, {worth}, mask=here)")
-    target = f"query + {place}"
-    kernel.line(f"tl.store({target}, (y * {plan.scale!r}).to(tl.float32), mask={mask})")
+    elif codes:
+        _write_halves(kernel, plan, place, mask)
+    kernel.line(f"tl.store(query + {place}, single, mask={mask})")
     return kernel
+
+
+def declare_codes(kernel: Kernel, plan: AttentionPlan) -> None:
+    """Declare the queries as matrix units take them."""
+    bits = plan.query_bits
+    kernel.array("query_codes", "float16" if bits is None else f"int{bits}")
+    kernel.array("query_step", "float32")
+    if bits is None:
+        kernel.array("query_halves", "float16")
+
+
+def _write_halves(kernel: Kernel, plan: AttentionPlan, place: str, mask: str) -> None:
+    """Store the queries in float16, less the power of two over their largest.
+
+    In `query_codes` they are lowered besides by the place of their channel's code in a byte, which
+    multiplies the code; `query_halves` is for zero points. Source: `ir/halves.py`.
+    """
+    kernel.note("float16, less the power of two over the largest of the row")
+    kernel.line("bits = tl.max(tl.abs(single), axis=1).to(tl.int32, bitcast=True)")
+    kernel.line("exponent = tl.minimum(tl.maximum((bits >> 23) - 126, -100), 100)")
+    kernel.line("worth = ((exponent + 127) << 23).to(tl.float32, bitcast=True)")
+    kernel.line("lower = ((127 - exponent) << 23).to(tl.float32, bitcast=True)")
+    kernel.line("tl.store(query_step + bh * rows + row, worth, mask=here)")
+    kernel.line("single_lowered = single * lower[:, None]")
+    target = f"tl.store(query_halves + {place}, single_lowered.to(tl.float16), mask={mask})"
+    kernel.line(target)
+    kernel.note("each channel's code lies in a place of its byte; even bytes come before odd ones")
+    kernel.line("place = c * 0")
+    kernel.line("target = c")
+    for part in plan.k.page_layout().parts:
+        if isinstance(part.format, Dense):
+            plane, width = plane_bytes(part), block_bytes(part)
+            inside = f"(c >= {part.first}) & (c < {part.first + part.width})"
+            own = f"(c - {part.first}) // {plane} * {low_bits(part.format)}"
+            kernel.line(f"place = tl.where({inside}, {own}, place)")
+            kernel.line(f"column = (c - {part.first}) % {width}")
+            own = f"c - column + column % 2 * {width // 2} + column // 2"
+            kernel.line(f"target = tl.where({inside}, {own}, target)")
+    kernel.line("lift = ((127 - place) << 23).to(tl.float32, bitcast=True)")
+    lowered = "(single_lowered * lift[None, :]).to(tl.float16)"
+    to = place.replace("c[None, :]", "target[None, :]")
+    kernel.line(f"tl.store(query_codes + {to}, {lowered}, mask={mask})")
 
 
 def write_rows(kernel: Kernel, plan: AttentionPlan) -> None:

@@ -7,10 +7,10 @@ float32, a few at a time: the rows of one matrix product.
 
 from __future__ import annotations
 
-from ..ir.arrangements import TILES
 from ..ir.plan import AttentionPlan
 from .gpu_sources import Piece, pieces_of, readers_in, write_place, write_raw, write_stored
 from .gpu_text import LN_2, LOG2_E, Dialect, Kernel, both, down, load, write_softcap
+from .gpu_tiles import kinds
 
 PART = 64
 """Tokens of a part."""
@@ -28,7 +28,8 @@ def write_rest(kernel: Kernel, plan: AttentionPlan, rows: int, dialect: Dialect)
         rows: heads of the group, padded.
         dialect: of the machine.
     """
-    k, v = pieces_of(plan.k, TILES), pieces_of(plan.v, TILES)
+    own = zip((plan.k, plan.v), kinds(plan, dialect), strict=True)
+    k, v = (pieces_of(stream, kind) for stream, kind in own)
     kernel.line(f"head = tl.arange(0, {rows})")
     for reader in (*readers_in(k), *readers_in(v)):
         reader.write_columns(kernel)

@@ -7,7 +7,8 @@ where a size is none, the block is larger and a mask leaves out the rest.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from .kernel_text import LARGEST_F32, KernelText
 
@@ -42,6 +43,9 @@ class Dialect:
         least_rows: the least queries of a matrix product, where they are its columns.
         stages: tiles on their way at once.
         rest: tokens that are multiplied at once where tiles are not whole.
+        lanes: whether heads are rows of whole tiles, four at least; see `gpu_lanes.py`.
+        new: tokens of one program of append, where each stands for itself.
+        elements: numbers that one program of append encodes, near so many where it can.
     """
 
     form: str
@@ -50,6 +54,9 @@ class Dialect:
     least_rows: int
     stages: int
     rest: int = 16
+    new: int = 4
+    elements: int = 1024
+    lanes: bool = False
 
 
 @dataclass(slots=True)
@@ -59,10 +66,12 @@ class Kernel(KernelText):
     Attributes:
         warps: of a block.
         registers: of a thread at most, or None to leave it to the compiler.
+        facts: what launch.json says of it besides.
     """
 
     warps: int = WARPS
     registers: int | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
 
     def signature(self) -> dict[str, str]:
         """Return the arguments as Triton's compiler reads them."""
@@ -144,11 +153,17 @@ def write_stored(kernel: Kernel, value: str, dtype: str) -> None:
     kernel.line(f"single = {as_f32('stored', dtype)}")
 
 
-def write_flag(kernel: Kernel, value: str) -> None:
-    """Flag a head where a stored number is not finite."""
-    wrong = f"tl.max(tl.where(tl.abs({value}) <= {LARGEST}, 0, 1))"
-    with kernel.block(f"if {wrong} > 0"):
-        kernel.line("tl.store(bad + bh, 1)")
+def narrow(single: str, dtype: str) -> str:
+    """Return an f32 as its stored type, which holds it exactly."""
+    if dtype == "bf16":
+        return f"({single}.to(tl.int32, bitcast=True) >> 16).to(tl.uint16)"
+    return single if dtype == "f32" else f"{single}.to(tl.float16)"
+
+
+def write_flag(kernel: Kernel) -> None:
+    """Set `flag` where a stored number, `single`, is not finite; what is masked out is zero."""
+    kernel.line(f"wrong = tl.where(tl.abs(single) <= {LARGEST}, 0, 1)")
+    kernel.line("tl.store(flag + 0 * wrong, 1, mask=wrong > 0)")
 
 
 def write_softcap(kernel: Kernel, cap: float) -> None:

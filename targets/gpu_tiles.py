@@ -15,33 +15,32 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import gcd
 
-from ..ir.arrangements import ROWS, TILES
+from ..ir.arrangements import ROWS, TILES, TURNED
 from ..ir.encodings import Bfp, Drop, Int, Lut, Raw
 from ..ir.halves import TILE, middle
 from ..ir.layouts import Part
 from ..ir.plan import AttentionPlan, StreamPlan
-from ..ir.planes import code_bits
-from .gpu_pages import PageReader, as_scale, readers_of
-from .gpu_sequences import STEP, Entries, Sequence
-from .gpu_text import Kernel, as_f32, load, padded
+from ..ir.planes import code_bits, low_bits
+from .gpu_lanes import is_wide
+from .gpu_pages import PageReader, as_scale, block_in, coded, readers_of
+from .gpu_sequences import STEP, Entries, Sequence, Triples
+from .gpu_text import Dialect, Kernel, across, as_f32, load, padded
 
 LEAST_TOKENS = 32
-"""Tokens of a step of the loop over whole tiles, at least."""
+"""Tokens that share scales of channels, at least."""
 LEAST_BYTES = 32
 """Bytes of a token in a block: the least terms of a product of i8, and twice 16 for halves."""
 
 
-def kinds(plan: AttentionPlan) -> tuple[str, str]:
+def kinds(plan: AttentionPlan, dialect: Dialect | None = None) -> tuple[str, str]:
     """Return the arrangements of the pages of k and v: tiles if the matrix units read both."""
-    is_tiled = why_floats(plan) is None
-    return (TILES, TILES) if is_tiled else (ROWS, ROWS)
+    if why_floats(plan) is not None:
+        return ROWS, ROWS
+    return TILES, TURNED if dialect and dialect.lanes and is_wide(plan) else TILES
 
 
-def step_tokens(plan: AttentionPlan) -> int:
-    """Return N, the tokens of a step of the loop: those of a tile, or half as many.
-
-    All of them share the scales of channels.
-    """
+def key_tokens(plan: AttentionPlan) -> int:
+    """Return the tokens of a tile whose keys are multiplied at once: those of a channel's scale."""
     groups = [part.format.group_tokens for part in plan.k.page_layout().parts]
     return min([TILE, *(gcd(TILE, group) for group in groups if group > 1)])
 
@@ -67,15 +66,15 @@ def _why_not(plan: AttentionPlan, role: str, part: Part) -> str | None:
         return None
     if isinstance(fmt, Raw):
         return "raw formats are read in floats"
-    if part.sparse is not None:
-        return "sparse entries are added in floats"
-    if code_bits(fmt) == 3 or (isinstance(fmt, Lut) and fmt.bits != 4):
+    if part.sparse is not None and part.sparse.values != "f16":
+        return "sparse entries in other types than f16"
+    if isinstance(fmt, Lut) and fmt.bits != 4:
         return "no sequence unpacks the codes"
     if isinstance(fmt, Int) and fmt.axis == "channel":
         if role == "v":
             return "scales of channels"
-        if code_bits(fmt) == 8 or fmt.params != "f16" or fmt.group_tokens % LEAST_TOKENS:
-            return "scales of channels take codes of up to 4 bits, f16, and groups of 32 tokens"
+        if fmt.params != "f16" or fmt.group_tokens % LEAST_TOKENS:
+            return "scales of channels take f16, and groups of 32 tokens"
     elif role == "k" and plan.query_bits is None:
         return "slices of keys need scales of channels"
     return None
@@ -103,6 +102,16 @@ class Block:
         return f"{self.reader.name}_b{self.first}"
 
     @property
+    def bits(self) -> int:
+        """Bits of a code that a byte holds; the third of three lies in a field of its own."""
+        return low_bits(self.reader.coded())
+
+    @property
+    def plane(self) -> int:
+        """Bytes of a plane."""
+        return plane_bytes(self.reader.part)
+
+    @property
     def wide(self) -> int:
         """Numbers of a token in the operand: bytes or half-words, padded."""
         size = 2 if self.halves else 1
@@ -111,29 +120,55 @@ class Block:
     @property
     def cells(self) -> tuple[Cell, ...]:
         """The operands that the block gives."""
-        planes, parities = self.reader.part.planes, range(2 if self.halves else 1)
-        return tuple(Cell(self, i, p) for p in parities for i in range(planes))
+        parities = range(2 if self.halves else 1)
+        return tuple(Cell(self, i, p) for p in parities for i in range(8 // self.bits))
 
     def load(self, *, down: bool) -> str:
         """Return the load of the block: tokens down and bytes across, or the other way round."""
+        return self._load("codes", self.first, f"tl.arange(0, {self.wide})", down=down)
+
+    def load_high(self, *, down: bool) -> str:
+        """Return the load of the third bits of the block's codes: two planes share a byte."""
+        size = 2 if self.halves else 1
+        first, columns = self.first // size, f"tl.arange(0, {self.wide})"
+        columns = f"({columns} + {first})" if first else columns
+        return self._load("high", 0, f"({columns} % {self.plane // 2 // size})", down=down)
+
+    def write_factors(self, kernel: Kernel, channels: int) -> None:
+        """Bind <block>_factor, what brings the third bit of each column above the low ones.
+
+        By way of this program's part of the results, rows of `channels`: where another operand
+        than a load meets codes, Triton does not unpack them in the order that matrix units take.
+        """
+        size, kind = (2, "int16") if self.halves else (1, "int8")
+        columns = f"tl.arange(0, {self.wide})"
+        first = self.plane // 2 // size - self.first // size
+        at = f"part_out + (bh * parts + split) * rows * {channels} + {columns}"
+        kernel.line(f"tl.store({at}, tl.where({columns} < {first}, 4.0, 2.0))")
+        kernel.line("tl.debug_barrier()")
+        kernel.line(f"{self.name}_factor = tl.load({at}).to(tl.{kind})")
+        kernel.line("tl.debug_barrier()")
+
+    def _load(self, name: str, first: int, columns: str, *, down: bool) -> str:
         role, part = self.reader.role, self.reader.part
         size, kind = (2, "int16") if self.halves else (1, "int8")
-        field = part.field("codes")
-        row, offset = field.shape[1] // size, (field.offset + self.first) // size
-        block = f"{role}_block // 2" if self.halves else f"{role}_block"
+        field = part.field(name)
+        row, offset = field.shape[1] // size, (field.offset + first) // size
+        block = block_in(role, size)
         tokens, bytes_ = ("[:, None]", "[None, :]") if down else ("[None, :]", "[:, None]")
-        columns = f"tl.arange(0, {self.wide})"
         start = f"{role}_{kind} + {block}" + (f" + {offset}" if offset else "")
         at = f"{start} + {role}_t{tokens} * {row} + {columns}{bytes_}"
         inside = self.width // size
-        mask = "" if inside == self.wide else f", mask=({columns} < {inside}){bytes_}, other=0"
-        return f"tl.load({at}{mask})"
+        within = f"(tl.arange(0, {self.wide}) < {inside}){bytes_}"
+        return load(at, "" if inside == self.wide else within)
 
     @property
-    def entries(self) -> Entries | None:
-        """What unpacks all cells at once, where codes name entries of a table."""
-        fmt = self.reader.coded()
-        return Entries(16 if self.halves else 8, fmt.operands) if isinstance(fmt, Lut) else None
+    def unpacker(self) -> Entries | Triples | None:
+        """What unpacks all cells at once: entries of a table, or codes of three bits."""
+        fmt, lanes = self.reader.coded(), 16 if self.halves else 8
+        if isinstance(fmt, Lut):
+            return Entries(lanes, fmt.operands)
+        return Triples(lanes) if code_bits(fmt) == 3 else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,8 +198,7 @@ class Cell:
     @property
     def first_channel(self) -> int:
         """Channel of the head that the first byte of a row has in this plane."""
-        part = self.block.reader.part
-        return part.first + self.plane * part.plane
+        return self.block.reader.part.first + self.plane * self.block.plane
 
     @property
     def channels(self) -> str:
@@ -173,6 +207,13 @@ class Cell:
         numbers = f"tl.arange(0, {self.block.wide})"
         channels = f"{self.step} * {numbers}" if self.step > 1 else numbers
         return f"{channels} + {first}" if first else channels
+
+    @property
+    def stored(self) -> str:
+        """Where `write_halves` of gpu_prepare puts the queries of these channels, as a vector."""
+        first = self.first_channel + self.block.first + self.parity * (self.block.width // 2)
+        numbers = f"tl.arange(0, {self.block.wide})"
+        return f"{numbers} + {first}" if first else numbers
 
     @property
     def inside(self) -> str:
@@ -194,35 +235,66 @@ class Cell:
     def group(self) -> int:
         """Number of the scale of a token that the cell's channels share."""
         fmt = self.block.reader.coded()
-        first = self.plane * self.block.reader.part.plane + self.block.first
+        first = self.plane * self.block.plane + self.block.first
         return 0 if fmt.group_channels == 1 else first // fmt.group_channels
 
     @property
-    def sequence(self) -> Sequence | Entries:
-        """What unpacks it from the block."""
-        if self.block.entries is not None:
-            return self.block.entries
-        bits = code_bits(self.block.reader.coded())
-        at, mask = self.plane * bits, (1 << bits) - 1
+    def lift(self) -> int:
+        """The bit of a byte in which codes begin."""
+        return self.plane * self.block.bits
+
+    @property
+    def _shift(self) -> int:
+        """Bits that codes are moved down: no more than must be, for units cost nothing."""
         if self.block.halves:
-            return Sequence(16, 8 * self.parity, mask << at)
-        return Sequence(8, at, mask)
+            return 8 * self.parity
+        return 4 if 4 <= self.lift else 0
+
+    @property
+    def below(self) -> tuple[Cell, ...]:
+        """The cells whose codes the operand holds too, in bits that were not masked out.
+
+        Only of values, whose sums can be told apart when all is summed, with the same scale.
+        """
+        reader = self.block.reader
+        is_lone = self.block.unpacker is not None or reader.role == "k" or reader.part.sparse
+        if is_lone or self.lift + self.block.bits < 8:
+            return ()
+        below = tuple(Cell(self.block, i, self.parity) for i in range(self.plane))
+        return below if all(cell.group == self.group for cell in below) else ()
+
+    @property
+    def sequence(self) -> Sequence | Entries | Triples:
+        """What unpacks it from the block."""
+        if self.block.unpacker is not None:
+            return self.block.unpacker
+        own = ((1 << self.block.bits) - 1) << self.lift
+        if self.block.halves:
+            return Sequence(16, self._shift, 255 if self.below else own)
+        mask = own >> self._shift
+        return Sequence(8, self._shift, mask, flip=mask & 128)
+
+    @property
+    def centre(self) -> int:
+        """The code that is zero in the operand: bytes are signed."""
+        sequence = self.sequence
+        return sequence.flip if isinstance(sequence, Sequence) else 0
 
     @property
     def unit(self) -> float:
         """What a code of 1, or an entry, is worth in the operand."""
-        if not self.block.halves:
-            return 1.0
-        bits = 0 if self.block.entries else code_bits(self.block.reader.coded())
-        return STEP * 2.0 ** (self.plane * bits)
+        step = STEP if self.block.halves else 1.0
+        if isinstance(self.block.unpacker, Entries):
+            return step
+        down = 0 if self.block.halves else self._shift
+        return step * 2.0 ** (self.lift - down)
 
     @property
     def operand(self) -> str:
-        """The operand, unpacked from the block; entries of tables have been."""
-        if isinstance(self.sequence, Entries):
-            return self.name
-        is_whole = self.sequence.lanes == 8 and self.sequence.mask == 255
-        return self.block.name if is_whole else f"{self.sequence.name}({self.block.name})"
+        """The operand, unpacked from the block, or a name if all of it is unpacked at once."""
+        if isinstance(self.sequence, Sequence):
+            return f"{self.sequence.name}({self.block.name})"
+        return self.name
 
 
 def blocks_of(stream: StreamPlan, kind: str, *, halves: bool) -> tuple[Block, ...]:
@@ -237,10 +309,20 @@ def blocks_of(stream: StreamPlan, kind: str, *, halves: bool) -> tuple[Block, ..
     for reader in readers_of(stream, kind):
         if not reader.is_stored:
             continue
-        fmt, plane = reader.coded(), reader.part.plane
-        width = plane if fmt.group_channels == 1 else gcd(plane, fmt.group_channels)
+        plane, width = plane_bytes(reader.part), block_bytes(reader.part)
         found += [Block(reader, first, width, halves) for first in range(0, plane, width)]
     return tuple(found)
+
+
+def block_bytes(part: Part) -> int:
+    """Return the bytes of a block: of a plane, or of a scale that has fewer channels."""
+    plane, group = plane_bytes(part), coded(part).group_channels
+    return plane if group == 1 else gcd(plane, group)
+
+
+def plane_bytes(part: Part) -> int:
+    """Return the bytes of a plane of the field of codes."""
+    return part.width * low_bits(coded(part)) // 8
 
 
 def per_channel(reader: PageReader) -> bool:
@@ -271,9 +353,29 @@ def has_zero(reader: PageReader) -> bool:
 
 
 def scale_of(reader: PageReader, group: int) -> str:
-    """Return the scales of a tile's tokens, f32 [N]."""
-    name = "exponent" if isinstance(reader.coded(), Bfp) else "scale"
-    return as_scale(reader.coded(), load(reader.parameter_at(name, group)))
+    """Return the scales of a tile's tokens over `worth_of` the format, f32 [N]."""
+    fmt = reader.coded()
+    if not isinstance(fmt, Bfp):
+        return as_scale(fmt, load(reader.parameter_at("scale", group)))
+    exponent = byte_of_word(reader, "exponent", group)
+    return f"({exponent} << 23).to(tl.float32, bitcast=True)"
+
+
+def worth_of(reader: PageReader) -> float:
+    """Return what all scales are multiplied with besides, a power of two: once, at the end."""
+    fmt = reader.coded()
+    return 2.0 ** (2 - fmt.mantissa) if isinstance(fmt, Bfp) else 1.0
+
+
+def byte_of_word(reader: PageReader, name: str, column: int) -> str:
+    """Return the bytes of a tile's tokens in a column of a field, i32 [N], from their words.
+
+    The tile's bytes are fewer than copies to shared memory of four bytes a thread would be.
+    """
+    field, role = reader.part.field(name), reader.role
+    first = (field.offset + column * reader.layout.tokens) // 4
+    word = load(f"{role}_int32 + {block_in(role, 4)} + {first} + {role}_t // 4")
+    return f"(({word} >> {role}_t % 4 * 8) & 255)"
 
 
 def zero_of(reader: PageReader, group: int) -> str:
@@ -282,11 +384,17 @@ def zero_of(reader: PageReader, group: int) -> str:
 
 
 def write_block(kernel: Kernel, block: Block, *, down: bool) -> None:
-    """Load a block, and unpack the cells of a table."""
+    """Load a block, and unpack its cells where that is done at once."""
     kernel.line(f"{block.name} = {block.load(down=down)}")
-    if block.entries is not None:
-        names = [cell.name for cell in block.cells]
-        kernel.line(f"{', '.join(names)} = {block.entries.name}({block.name})")
+    if block.unpacker is None:
+        return
+    given = block.name
+    if isinstance(block.unpacker, Triples):
+        kernel.line(f"{block.name}_high = {block.load_high(down=down)}")
+        factor = across(f"{block.name}_factor") if down else f"{block.name}_factor[:, None]"
+        given += f", {block.name}_high, {factor}"
+    names = ", ".join(cell.name for cell in block.cells)
+    kernel.line(f"{names} = {block.unpacker.name}({given})")
 
 
 def affine(reader: PageReader) -> Int:

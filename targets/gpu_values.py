@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from ..ir.arrangements import TILES
+from ..ir.encodings import Bfp
+from ..ir.halves import TILE
 from ..ir.plan import AttentionPlan
+from .gpu_entries import write_entry_weights
 from .gpu_pages import PageReader
 from .gpu_sources import pieces_of
 from .gpu_text import LN_2, LOG2_E, Kernel, both, down
@@ -14,26 +17,29 @@ from .gpu_tiles import (
     has_zero,
     middle_of,
     scale_of,
+    worth_of,
     write_block,
     zero_of,
 )
 
+LANES = 16
+"""Tokens of a sum: those of a matrix product, whose sums over products need no other thread."""
 LARGEST_LIFT = 40
 """Exponents of scales are taken out of weights up to here: float16 holds the rest of any f16."""
 
 
-def write_sums(kernel: Kernel, v: tuple[Block, ...], rows: int, n: int) -> None:
+def write_sums(kernel: Kernel, v: tuple[Block, ...], rows: int) -> None:
     """Bind the outputs, and what the loop adds up beside them."""
     for reader, group, cells in groups_of(v):
         for cell in cells:
             kernel.line(f"{cell.out} = tl.zeros(({cell.block.wide}, {rows}), tl.float32)")
         if has_zero(reader):
-            kernel.line(f"{reader.name}_zeros_{group} = tl.zeros(({n}, {rows}), tl.float32)")
+            kernel.line(f"{reader.name}_zeros_{group} = tl.zeros(({LANES}, {rows}), tl.float32)")
         if middle_of(reader):
-            kernel.line(f"{reader.name}_weights_{group} = tl.zeros((16, {rows}), tl.float32)")
+            kernel.line(f"{reader.name}_weights_{group} = tl.zeros(({LANES}, {rows}), tl.float32)")
 
 
-def write_weights(kernel: Kernel, plan: AttentionPlan, v: tuple[Block, ...]) -> None:
+def write_weights(kernel: Kernel, plan: AttentionPlan, v: tuple[Block, ...], rows: int) -> None:
     """Bind `weight`, the exponentials, and <part>_w_g, times the scales of group g, in float16."""
     groups = groups_of(v)
     for reader, group, _ in groups:
@@ -44,22 +50,37 @@ def write_weights(kernel: Kernel, plan: AttentionPlan, v: tuple[Block, ...]) -> 
     for name in names[1:]:
         largest = f"tl.maximum({largest}, {name})"
     kernel.line(f"bits = tl.max({largest}, axis=0).to(tl.int32, bitcast=True)")
-    lift = f"tl.minimum(tl.maximum((bits >> 23) - 126, -{LARGEST_LIFT}), {LARGEST_LIFT})"
+    lift = "(bits >> 23) - 126"
+    if not all(_is_f16(reader) for reader, _, _ in groups):
+        lift = f"tl.minimum(tl.maximum({lift}, -{LARGEST_LIFT}), {LARGEST_LIFT})"
     kernel.line(f"lift = ({lift}).to(tl.float32)")
     factor = str(LOG2_E) if plan.softcap is not None else "factor"
     across = factor if plan.softcap is not None else "factor[None, :]"
     kernel.line(f"most = tl.maximum(best, tl.ceil(tl.max(score, axis=0) * {factor}) + lift)")
     kernel.line(f"weight = tl.exp2(score * {across} - most[None, :])")
+    write_entry_weights(kernel, plan, v)
     kernel.line("shrink = tl.exp2(best - most)[None, :]")
     kernel.line("best = most")
-    kernel.line("total = total * shrink + weight")
+    kernel.line(f"total = total * shrink + {_summed('weight', rows)}")
     for reader, group, _ in groups:
         name, own = f"{reader.name}_w_{group}", f"{reader.name}_scale_{group}"
         kernel.line(f"{name} = (weight * {own}[:, None]).to(tl.float16)")
         if has_zero(reader):
             kernel.line(f"zero = {_zero_of_middle(reader, group)}")
             zeros = f"{reader.name}_zeros_{group}"
-            kernel.line(f"{zeros} = {zeros} * shrink + weight * zero[:, None]")
+            own = _summed("weight * zero[:, None]", rows)
+            kernel.line(f"{zeros} = {zeros} * shrink + {own}")
+
+
+def _is_f16(reader: PageReader) -> bool:
+    """Return whether scales are float16, whose exponents are few; none is zero."""
+    fmt = reader.coded()
+    return not isinstance(fmt, Bfp) and fmt.params == "f16"
+
+
+def _summed(terms: str, rows: int) -> str:
+    """Return the sums [LANES, R] over every LANES-th token of a tile."""
+    return f"tl.sum(tl.reshape({terms}, ({TILE // LANES}, {LANES}, {rows})), axis=0)"
 
 
 def _zero_of_middle(reader: PageReader, group: int) -> str:
@@ -71,7 +92,7 @@ def _zero_of_middle(reader: PageReader, group: int) -> str:
     return zero_of(reader, group) + (f" + {float(middle)} * {scale}" if middle else "")
 
 
-def write_values(kernel: Kernel, v: tuple[Block, ...], n: int) -> None:
+def write_values(kernel: Kernel, v: tuple[Block, ...]) -> None:
     """Add the products of weights and codes to the outputs of each cell."""
     for block in v:
         write_block(kernel, block, down=False)
@@ -80,7 +101,7 @@ def write_values(kernel: Kernel, v: tuple[Block, ...], n: int) -> None:
         for cell in cells:
             kernel.line(f"{cell.out} = tl.dot({cell.operand}, {weights}, {cell.out} * shrink)")
         if middle_of(reader):
-            ones = f"tl.full((16, {n}), 1.0, tl.float16)"
+            ones = f"tl.full(({LANES}, {TILE}), 1.0, tl.float16)"
             own = f"{reader.name}_weights_{group}"
             kernel.line(f"{own} = tl.dot({ones}, {weights}, {own} * shrink)")
 
@@ -98,12 +119,15 @@ def write_partials(kernel: Kernel, plan: AttentionPlan, v: tuple[Block, ...]) ->
         if middle_of(reader):
             # All sixteen rows are the same sum.
             sums = f"tl.max({reader.name}_weights_{group}, axis=0)"
-            terms.append(f"- {float(middle_of(reader))} * {sums}")
+            terms.append(f"- {float(middle_of(reader)) * worth_of(reader)} * {sums}")
         if terms:
             kernel.line(f"more = ({' '.join(terms)})[None, :]")
         for cell in cells:
             at = f"part[None, :] * {plan.v.channels} + {down(f'({cell.channels})')}"
-            out = f"{cell.out} * {1.0 / cell.unit!r}" + (" + more" if terms else "")
+            own = " - ".join(x.out for x in (cell, *cell.below))
+            own = f"({own})" if cell.below else own
+            worth = worth_of(reader)
+            out = f"{own} * {worth / cell.unit!r}" + (" + more" if terms else "")
             mask = both("exists[None, :]", down(cell.inside))
             kernel.line(f"tl.store(part_out + {at}, {out}, mask={mask})")
     for piece in pieces_of(plan.v, TILES):

@@ -1,8 +1,9 @@
 """The kernel attend where pages are tiles: products of what they hold, as they hold it.
 
-A split is C tokens behind the sink, more in long rows; it takes the whole tiles among them, and
-`gpu_rest.py` what is left of the row. Bounds depend on the row's length alone. In whole tiles
-nothing is masked, nothing is converted but to what matrix units take, and no scale meets a code:
+A split is some whole tiles of a row, as many as `write_tiles` says of its length alone, and
+`gpu_rest.py` takes what is left of the row. Programs that a row has no tiles for do nothing. In
+whole tiles nothing is masked, nothing is converted but to what matrix units take, and no scale
+meets a code:
 
     keys        with scales of tokens, products with integers of q, exactly; scale and zero point
                 go on the score. With scales of channels these go on q, in float16
@@ -14,45 +15,64 @@ The loop is pipelined: blocks of the next tiles are copied to shared memory behi
 
 from __future__ import annotations
 
-from ..ir.arrangements import TILES
+from ..ir.arrangements import TILES, TURNED
+from ..ir.encodings import Bfp
 from ..ir.halves import TILE
 from ..ir.plan import AttentionPlan, StreamPlan
 from .gpu_attend import declare, decode_rows, write_row
+from .gpu_entries import (
+    entries_of,
+    write_entry_factor,
+    write_entry_values,
+    write_places,
+)
 from .gpu_keys import write_queries, write_scores
+from .gpu_lane_attend import declare_lanes, write_wide_split
 from .gpu_pages import declare_pages
+from .gpu_prepare import declare_codes
 from .gpu_rest import write_rest
-from .gpu_sequences import Entries, Sequence
+from .gpu_sequences import Named, Times, Triples, Unpacker
 from .gpu_text import Dialect, Kernel
 from .gpu_tiles import (
     Block,
     blocks_of,
     kinds,
-    step_tokens,
 )
-from .gpu_values import write_partials, write_sums, write_values, write_weights
-from .source import split_tokens
+from .gpu_values import LANES, write_partials, write_sums, write_values, write_weights
 
 MOST_REGISTERS = 255
-MOST_SPLITS = 128
-"""Splits of a row: merging more takes longer than they save."""
+LEAST_TILES, MOST_SPLITS = 8, 128
+"""Of a split and of a row, where no machine is known; see `splits.py`."""
 
 
 def attend_tiles(plan: AttentionPlan, dialect: Dialect) -> Kernel:
     """Return the kernel attend of a plan whose pages are tiles: one query a row, all of its heads.
 
-    Programs [0, splits) of a KV head take the whole tiles of C tokens each; those behind take a
-    part of the rest each (`gpu_rest.py`). Grid: (B H, parts).
+    Programs [0, splits) of a KV head take whole tiles; those behind take a part of the rest each
+    (`gpu_rest.py`). Grid: (B H, parts).
     """
     # NOTE: left to itself, the assembler gives one warp 64 registers, and spills.
-    kernel = Kernel("attend", warps=warps_of(plan), registers=MOST_REGISTERS)
+    is_wide = kinds(plan, dialect)[1] == TURNED
+    warps = 1 if is_wide else warps_of(plan)
+    kernel = Kernel("attend", warps=warps, registers=MOST_REGISTERS)
     rows = decode_rows(plan, dialect)
     k, v = key_blocks(plan, dialect), blocks_of(plan.v, TILES, halves=True)
     declare(kernel, plan)
-    _declare(kernel, plan, k, v)
+    if is_wide:
+        declare_lanes(kernel, plan)
+    else:
+        _declare(kernel, plan, k, v)
     write_row(kernel, plan)
-    _write_bounds(kernel, plan)
+    write_bounds(kernel, plan)
+    write_tiles(kernel)
     with kernel.block("if split < splits"):
-        _write_split(kernel, plan, rows, k, v, dialect.stages)
+        kernel.line("first = first_tile + split * tiles")
+        kernel.line("last = tl.minimum(first_tile + split * tiles + tiles, last_tile)")
+        with kernel.block("if first < last"):
+            if is_wide:
+                write_wide_split(kernel, plan)
+            else:
+                _write_split(kernel, plan, rows, k, v, dialect.stages)
     with kernel.block("else"):
         write_rest(kernel, plan, rows, dialect)
     return kernel
@@ -67,43 +87,46 @@ def _write_split(
     stages: int,
 ) -> None:
     """Attend to the whole tiles of one split."""
-    least, n = split_tokens(plan) // TILE, step_tokens(plan)
-    each = "" if n == TILE else f" * {TILE // n}"
-    kernel.note(f"at least {least} tiles a split, and at most {MOST_SPLITS} splits a row")
-    kernel.line(f"tiles = tl.maximum((last_tile + {MOST_SPLITS - 1}) // {MOST_SPLITS}, {least})")
-    kernel.line(f"first = tl.maximum(split * tiles, first_tile){each}")
-    kernel.line(f"last = tl.minimum(split * tiles + tiles, last_tile){each}")
     kernel.line(f"row = tl.arange(0, {rows})")
     kernel.line(f"exists = row < {plan.group}")
     write_queries(kernel, plan, k)
+    for block in (*k, *v):
+        if isinstance(block.unpacker, Triples):
+            block.write_factors(kernel, plan.v.channels)
+    write_entry_factor(kernel, plan, k)
+    write_places(kernel, plan, v)
     kernel.note("sums: the largest score in powers of two, the denominator, the outputs")
     kernel.line(f'best = tl.full(({rows},), float("-inf"), tl.float32)')
-    kernel.line(f"total = tl.zeros(({n}, {rows}), tl.float32)")
-    write_sums(kernel, v, rows, n)
+    kernel.line(f"total = tl.zeros(({LANES}, {rows}), tl.float32)")
+    write_sums(kernel, v, rows)
     with kernel.block(f"for tile in tl.range(first, last, num_stages={stages})"):
-        kernel.line(f"place = tile * {n}")
+        kernel.line(f"place = tile * {TILE}")
         kernel.note("keys")
-        _write_place(kernel, plan.k, n)
-        write_scores(kernel, plan, k)
+        _write_place(kernel, plan.k)
+        write_scores(kernel, plan, rows, k)
         kernel.note("values")
-        _write_place(kernel, plan.v, n)
-        write_weights(kernel, plan, v)
-        write_values(kernel, v, n)
+        _write_place(kernel, plan.v)
+        write_weights(kernel, plan, v, rows)
+        write_values(kernel, v)
+        write_entry_values(kernel, v)
     write_partials(kernel, plan, v)
 
 
 def key_blocks(plan: AttentionPlan, dialect: Dialect) -> tuple[Block, ...]:
     """Return the blocks of the keys: bytes where the products are exact in i8."""
-    is_bytes = dialect.has_bytes and plan.query_bits == 8
+    is_bytes = dialect.has_bytes and plan.query_bits is not None
     return blocks_of(plan.k, TILES, halves=not is_bytes)
 
 
-def sequences_of(plan: AttentionPlan, dialect: Dialect) -> set[Sequence | Entries]:
+def sequences_of(plan: AttentionPlan, dialect: Dialect) -> set[Unpacker]:
     """Return the sequences that the kernels of a plan call."""
-    if kinds(plan) != (TILES, TILES):
+    if kinds(plan, dialect) != (TILES, TILES):
         return set()
     blocks = (*key_blocks(plan, dialect), *blocks_of(plan.v, TILES, halves=True))
-    return {cell.sequence for block in blocks for cell in block.cells}
+    others: set[Unpacker] = {Times()} if plan.query_bits is None else set()
+    if any(entries_of(block.reader) for block in blocks_of(plan.v, TILES, halves=True)):
+        others.add(Named())
+    return others | {cell.sequence for block in blocks for cell in block.cells}
 
 
 def warps_of(plan: AttentionPlan) -> int:
@@ -123,14 +146,25 @@ def _declare(
         kind = "int16" if blocks[0].halves else "int8"
         kernel.array(f"{stream.role}_{kind}", kind)
     kernel.scalar("splits")
-    if plan.query_bits is not None:
-        kernel.array("query_codes", f"int{plan.query_bits}")
-        kernel.array("query_step", "float32")
-    else:
-        kernel.array("k_int32", "int32")
+    declare_codes(kernel, plan)
+    for stream in (plan.k, plan.v):
+        parts = stream.page_layout().parts
+        has_bytes = any(isinstance(part.format, Bfp) or part.sparse for part in parts)
+        if has_bytes or (stream.role == "k" and plan.query_bits is None):
+            kernel.array(f"{stream.role}_int32", "int32")
 
 
-def _write_bounds(kernel: Kernel, plan: AttentionPlan) -> None:
+def write_tiles(kernel: Kernel) -> None:
+    """Bind the tiles of a split: the row's length and two numbers of the machine say how many."""
+    kernel.scalar("least_tiles")
+    kernel.scalar("most_splits")
+    kernel.note("tiles of a split")
+    kernel.line("many = tl.maximum(last_tile - first_tile, 0)")
+    kernel.line("at_most = most_splits.to(tl.int32)")
+    kernel.line("tiles = tl.maximum((many + at_most - 1) // at_most, least_tiles.to(tl.int32))")
+
+
+def write_bounds(kernel: Kernel, plan: AttentionPlan) -> None:
     """Bind the whole tiles of the row, [first_tile, last_tile), and their positions."""
     sink = f" - {plan.k.tokens.sink}" if plan.k.tokens.sink else ""
     kernel.note("whole tiles, counted from the sink: all tokens are encoded, and seen")
@@ -149,10 +183,10 @@ def _write_bounds(kernel: Kernel, plan: AttentionPlan) -> None:
         kernel.line(f"whole_{end} = {name}_tile.to(tl.int64) * {TILE}{more}")
 
 
-def _write_place(kernel: Kernel, stream: StreamPlan, n: int) -> None:
+def _write_place(kernel: Kernel, stream: StreamPlan) -> None:
     """Bind the first byte of the page, and the tokens of the tile in it."""
     role, layout, size = stream.role, stream.page_layout(), stream.page_tokens
     kernel.line(f"{role}_page = tl.load({role}_table + b * {role}_max_pages + place // {size})")
     kernel.line(f"{role}_block = {role}_page * {layout.page_bytes} + h * {layout.head_bytes}")
-    inside = "" if size == n else f"place % {size} + "
-    kernel.line(f"{role}_t = {inside}tl.arange(0, {n})")
+    inside = "" if size == TILE else f"place % {size} + "
+    kernel.line(f"{role}_t = {inside}tl.arange(0, {TILE})")

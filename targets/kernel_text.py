@@ -11,7 +11,7 @@ from ..ir.plan import StreamPlan
 
 LARGEST_F32 = 3.4028234663852886e38
 
-# What the kernels of a plan do, by name, in the order in which every target writes them.
+# What the kernels of a plan do, by name, in the order in which a target writes them.
 KERNELS = {
     "prepare": "map, scale and round the queries",
     "append_k": "map new keys and store them raw",
@@ -21,6 +21,15 @@ KERNELS = {
     "attend": "one query a row, for each split of the keys",
     "attend_block": "several queries a row, causal between them",
     "combine": "merge the splits",
+}
+
+# On a GPU, where a launch takes longer than storing a token, one kernel does what four do.
+GPU_KERNELS = {
+    "prepare": KERNELS["prepare"],
+    "append": "map new keys and values and store them raw, and encode due ones into pages",
+    "attend": KERNELS["attend"],
+    "unpack": "write keys and values as plain numbers, for many queries to read",
+    **{name: KERNELS[name] for name in ("attend_block", "combine")},
 }
 
 # On the host, where a call takes longer than storing a token, one more does the work of four.
@@ -88,7 +97,7 @@ def kernels_text(head: str, sources: Mapping[str, str]) -> str:
         head: the first lines.
         sources: text of each kernel by its name.
     """
-    about = KERNELS | HOST_KERNELS
+    about = KERNELS | HOST_KERNELS | GPU_KERNELS
     parts = [f"\n\n# {name}: {about[name]}\n{source}" for name, source in sources.items()]
     return head + "".join(parts)
 

@@ -4,6 +4,7 @@ From an encoding to a binary, on both sides (`cpu_` for TVM, `gpu_` for Triton):
 
     ir/encodings   fields of a format        ir/layouts, ir/planes   their bytes; Part: a slice
     *_append       new tokens, mapped        *_encode                groups of tokens to fields
+    gpu_store      the same on a GPU, where gpu_append is both of them in one kernel
     *_pages        code * scale + zero       *_maps, *_prepare       queries, mapped and rounded
     *_attend       one split of the keys     *_combine               the splits merged
     *_text         idioms of the language    *_compile               text to binary
@@ -31,11 +32,11 @@ K = TypeVar("K", bound=KernelText)
 
 @dataclass(frozen=True, slots=True)
 class Source(Generic[K]):
-    """The emitted kernels of a plan, in the order of KERNELS.
+    """The emitted kernels of a plan, in the order of KERNELS, or of GPU_KERNELS.
 
     Attributes:
         plan: what is stored and computed.
-        kernels: one for each name of KERNELS.
+        kernels: one for each name.
         head: first lines of kernels.py: what is in it, and its imports.
     """
 

@@ -111,13 +111,18 @@ class Sparse:
 
     def decode(self, fields: Mapping[str, Array]) -> Array:
         """Return the values in float64, [..., T, C]."""
-        x, index = self.dense.decode(fields), fields["index"].astype(np.int64)
-        value = from_stored(fields["value"], self.values)
+        x = self.dense.decode(fields)
+        self.add(x, fields)
+        return x
+
+    def add(self, x: Array, fields: Mapping[str, Array]) -> None:
+        """Add the entries to what the codes say, x [..., T, C]."""
+        index = fields["index"].astype(np.int64)
+        value = from_stored(fields["value"], self.values).astype(x.dtype)
         for entry in range(self.count):  # one by one: unused entries name channel 0 again
             at = index[..., entry : entry + 1]
             added = np.take_along_axis(x, at, axis=-1) + value[..., entry : entry + 1]
             np.put_along_axis(x, at, added, axis=-1)
-        return x
 
     def roundtrip(self, x: Array) -> Array:
         """Return what reading gives after storing x."""

@@ -26,9 +26,12 @@ FORMATS = {
     "int2-none": Int(2, "token", 64, zero="none"),
     "int8": Int(8, "token", 64),
     "int8-int": Int(8, "token", 32, zero="int"),
+    "int3": Int(3, "token", 32),
     "int4-channel": Int(4, "channel", 64),
     "int4-channel-none": Int(4, "channel", 128, zero="none"),
     "int2-channel-int": Int(2, "channel", 64, zero="int"),
+    "int3-channel": Int(3, "channel", 64),
+    "int8-channel": Int(8, "channel", 64),
     "bfp4": Bfp(4, 16),
     "bfp8": Bfp(8, 32),
     "nf4": Lut(4, 32, NF4),
@@ -109,7 +112,9 @@ def test_scales_of_channels_and_the_lift_of_a_plane():
     assert units.units[0, 1].tolist() == [15.0, 15.0, 0.0, 0.0]
     assert units.lift.tolist() == [1.0, 1.0, 16.0, 16.0]
     two = Int(2, "channel", 2)
-    assert stored(two, np.tile(x, (1, 1, 1, 2)))[1].lift.tolist() == [1, 1, 4, 4, 16, 16, 64, 64]
+    for fmt in (two, Int(3, "channel", 2)):  # three bits: planes of the low two
+        lift = stored(fmt, np.tile(x, (1, 1, 1, 2)))[1].lift
+        assert lift.tolist() == [1, 1, 4, 4, 16, 16, 64, 64]
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -119,12 +124,12 @@ def test_scale_times_units_and_the_middle_is_what_is_stored(name):
     decoded, units = stored(fmt, rng.standard_normal((1, 2, 128, 64)))
     left = decoded[0] - units.units * units.scale
     if units.per_channel:
-        size = fmt.group_tokens
-        groups = left.reshape(2, -1, size, 64).swapaxes(-1, -2)
-    else:
-        groups = left.reshape(2, 128, -1, fmt.group_channels)
+        assert np.abs(left - units.zero).max() < 1e-12
+        assert units.zero.any() == (fmt.zero == "float")
+        return
+    groups = left.reshape(2, 128, -1, fmt.group_channels)
     assert np.ptp(groups, axis=-1).max() < 1e-12 * np.abs(decoded).max()
-    symmetric = not isinstance(fmt, Int) or (fmt.zero == "none" and fmt.axis == "token")
+    symmetric = not isinstance(fmt, Int) or fmt.zero == "none"
     assert (np.abs(left).max() < 1e-12) == symmetric
 
 
@@ -133,7 +138,8 @@ def test_middles():
     for zero in ("int", "float"):
         assert [middle(Int(bits, "token", 4, zero=zero)) for bits in (2, 3, 4, 8)] == [0, 0, 0, 128]
         assert middle(Int(4, "channel", 64, zero=zero)) == 0
-    assert middle(Int(4, "channel", 64, zero="none")) == 0  # of keys, q carries the scale
+    assert [middle(Int(bits, "channel", 64)) for bits in (4, 8)] == [0, 0]
+    assert [middle(Int(bits, "channel", 64, zero="none")) for bits in (4, 8)] == [8, 128]
     assert [middle(Bfp(bits, 4)) for bits in (4, 8)] == [8, 128]
 
 
@@ -233,10 +239,10 @@ def loops_of_scores(q, k, owns, scale, whole):
         score = float(row.astype(np.float64) @ k[0, h, t])
         for own in owns:
             for i, c in enumerate(range(own.channels.start, own.channels.stop)):
-                s, u = own.scale[h, t - own.first, i], own.units[h, t - own.first, i]
-                y = row[c] / power * np.float32(s) / np.float32(own.lift[i])
-                y = float(np.float16(y)) * own.lift[i] * float(power)
-                score += (y - float(row[c]) * s) * u
+                s, u, z = (x[h, t - own.first, i] for x in (own.scale, own.units, own.zero))
+                y = np.float16(row[c] / power / np.float32(own.lift[i])) * np.float16(s)
+                score += (float(y) * own.lift[i] * float(power) - float(row[c]) * s) * u
+                score += (float(np.float16(row[c] / power)) * float(power) - float(row[c])) * z
         want[0, h, r, t] = score
     return want
 
@@ -301,6 +307,24 @@ def test_slack_counts_near_ties_and_weights_that_are_no_normal_halves():
     halves = Halves([[]], [[own]], [(0, TILE)])
     halves.outputs(p, LOG_ONE, v)
     assert halves.slack.max() == 0.0
+
+
+def test_slack_counts_what_float16_does_to_weights_of_entries():
+    rng, fmt = np.random.default_rng(10), Int(4, "token", 4)
+    v, own = stored(fmt, rng.standard_normal((1, 1, TILE, 4)))
+    entries = np.zeros((1, TILE, 4))
+    entries[0, 5, 2], entries[0, 9, 2] = -8.0, 100.0
+    p = np.zeros((1, 1, 1, TILE))
+    p[..., 5], p[..., 0] = 0.25, 0.75
+    slack = []
+    for own_entries in (None, entries):
+        halves = Halves([[]], [[replace(own, entries=own_entries)]], [(0, TILE)])
+        out = halves.outputs(p, LOG_ONE, v)
+        slack.append((halves.slack.copy(), out))
+    more = (slack[1][0] - slack[0][0])[0, 0, 0]
+    assert np.array_equal(slack[0][1], slack[1][1]), "entries are in what is decoded already"
+    rounding, subnormals = 0.25 * 8.0 * 2.0**-DIGITS, 0.75 * 108.0 * 2.0**-25
+    np.testing.assert_allclose(more, [0.0, 0.0, rounding + subnormals, 0.0], rtol=1e-12)
 
 
 def test_rows_of_a_batch_are_alone():

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from kvant.ir.attention import Products, attend, round_queries
+from kvant.ir.attention import EXACT, Products, attend, round_queries
 from kvant.ir.maps import apply
 from kvant.ir.plan import AttentionPlan, StreamPlan
 
@@ -132,12 +132,12 @@ class Oracle:
         q: Array,
         stored: Callable[[int], tuple[Array, Array]] | None = None,
         dtype: Any = np.float64,
-        products: Callable[[int], Products] | None = None,
+        products: Callable[[int, int], Products | None] | None = None,
     ) -> tuple[Array, Array]:
         """Row by row; `stored` gives (k, v) of a row, by default what the oracle encodes itself.
 
-        `products` gives the arithmetic of a row's single query. A window makes the kernels see
-        each row's own queries, without the padding of its neighbours.
+        `products` gives the arithmetic of (row, queries). A window makes the kernels see each
+        row's own queries, without the padding of its neighbours.
         """
         tokens = q.shape[2]
         out = np.zeros((*q.shape[:3], self.plan.v.channels))
@@ -152,8 +152,8 @@ class Oracle:
             plan, n = self.plan, np.array([k.shape[1]])
             options = {"softcap": plan.softcap, "window": plan.window, "dtype": dtype}
             seen = tokens if plan.window is None else int(mask.sum())
-            if products is not None and seen == 1:
-                options["products"] = products(row)
+            options["products"] = products(row, seen) if products else None
+            options["products"] = options["products"] or EXACT
             options["sinks"] = None if plan.sinks is None else self.constants[plan.sinks]
             o, e = attend(*args, lengths=n, scale=plan.scale, **options)
             o = apply(plan.out_maps, o, self.constants, plan.group)

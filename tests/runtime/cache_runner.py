@@ -9,6 +9,7 @@ import pytest
 
 from kvant.ir.errors import KvantError
 from kvant.ir.halves import Halves
+from kvant.ir.halves_block import Narrow
 from kvant.ir.integers import Integers
 from kvant.ir.plan import AttentionPlan
 from kvant.ir.tolerance import score_rounding, share_of_allowed
@@ -224,23 +225,24 @@ class Bound:
             for row, one in enumerate(oracle.k)
         ]
         rounding = score_rounding(oracle.queries(q), k, oracle.plan.scale)
-        self.rounding = rounding_of(oracle.plan, *cache.layers[layer].streams)
+        streams = cache.layers[layer].streams
+        self.rounding = {n: rounding_of(oracle.plan, *streams, n) for n in (1, 2)}
         self.near, self.slack = 4 * rounding, 0.0
         self.want, self.plain = self._attend(q), self._attend(q, np.float32)
         self.floors = rounding * float(np.abs(v).max(initial=0.0)) + self.slack, rounding
 
     def _attend(self, q: Array, dtype: Any = np.float64) -> tuple[Array, Array]:
-        used: list[Integers | Halves] = []
+        used: list[Integers | Halves | Narrow] = []
 
-        def products(row: int) -> Integers | Halves:
-            assert self.rounding is not None
-            used.append(self.rounding.row(row))
+        def products(row: int, queries: int) -> Integers | Halves | Narrow | None:
+            rounding = self.rounding[min(queries, 2)]
+            if rounding is None:
+                return None
+            used.append(rounding.row(row))
             used[-1].near = self.near
             return used[-1]
 
-        found = self.oracle.attend(
-            q, self.rows.__getitem__, dtype, products if self.rounding else None
-        )
+        found = self.oracle.attend(q, self.rows.__getitem__, dtype, products)
         spread = self.oracle.plan.v.channels if self.oracle.plan.out_maps else 1
         for one in used:
             self.slack = max(self.slack, spread * float(one.slack.max(initial=0.0)))

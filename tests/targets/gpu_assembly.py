@@ -57,6 +57,21 @@ def shift_left(x: Array, by: Array) -> Array:
     return np.where(by < 32, x << np.minimum(by, 31), 0)
 
 
+def halves_equal(a: Array, b: Array) -> Array:
+    """1.0 where the float16 of a half are equal, else 0.0."""
+    x, y = (np.stack([r & 65535, r >> 16]).astype(np.uint16).view(np.float16) for r in (a, b))
+    low, high = (x == y).astype(np.float16).view(np.uint16).astype(np.int64)
+    return low | high << 16
+
+
+def halves_times(a: Array, b: Array) -> Array:
+    """The products of the two float16 of a register, each rounded once."""
+    x, y = (np.stack([r & 65535, r >> 16]).astype(np.uint16).view(np.float16) for r in (a, b))
+    with np.errstate(all="ignore"):
+        low, high = (x * y).view(np.uint16).astype(np.int64)
+    return low | high << 16
+
+
 OPCODES: dict[str, Callable[..., Array]] = {
     # PTX ISA, "Logic and Shift Instructions", "Data Movement".
     "mov.b32": lambda a: a,
@@ -68,6 +83,9 @@ OPCODES: dict[str, Callable[..., Array]] = {
     "shr.u32": shift_right,
     "shl.b32": shift_left,
     "prmt.b32": prmt,
+    "mul.lo.u32": lambda a, b: a * b,
+    "mul.rn.f16x2": halves_times,
+    "set.eq.f16x2.f16x2": halves_equal,
     "lop3.b32": lop3,
     # CDNA3 ISA, VOP1, VOP2 and VOP3; "rev" takes the count first, of which 5 bits count.
     "v_mov_b32": lambda a: a,
@@ -80,6 +98,7 @@ OPCODES: dict[str, Callable[..., Array]] = {
     "v_lshl_or_b32": lambda a, by, c: (a << (by & 31)) | c,
     "v_bfe_u32": lambda a, by, width: (a >> (by & 31)) & ((1 << (width & 31)) - 1),
     "v_perm_b32": perm,
+    "v_pk_mul_f16": halves_times,
 }
 
 
@@ -93,15 +112,15 @@ class Assembly:
 
     Attributes:
         lines: instructions.
-        outputs: constraints of $0, $1, ...; one operand follows them.
-        operand: constraint of the operand.
+        outputs: constraints of $0, $1, ...
+        operands: constraints of the operands, which follow the outputs.
         pack: elements of a register.
         dtypes: of the results.
     """
 
     lines: tuple[str, ...]
     outputs: tuple[str, ...]
-    operand: str
+    operands: tuple[str, ...]
     pack: int
     dtypes: tuple[str, ...]
 
@@ -117,10 +136,12 @@ def assembly_of(source: str) -> Assembly | None:
         return None
     (call,) = calls
     text, constraints, arguments = (ast.unparse(x) for x in call.args)
-    assert arguments == "[x]", arguments
     options = {word.arg: ast.unparse(word.value) for word in call.keywords}
     assert options["is_pure"] == "True"
-    *outputs, operand = ast.literal_eval(constraints).split(",")
+    every = ast.literal_eval(constraints).split(",")
+    outputs = [text for text in every if text.startswith("=")]
+    operands = every[len(outputs) :]
+    assert len(operands) == len(arguments.split(",")), arguments
     body = ast.literal_eval(text).strip()
     if body.startswith("{"):
         assert body.endswith("}"), body
@@ -128,25 +149,27 @@ def assembly_of(source: str) -> Assembly | None:
     lines = tuple(line.strip() for line in re.split(r"[;\n]", body) if line.strip())
     dtypes = tuple(re.findall(r"tl\.(\w+)", options["dtype"]))
     assert len(dtypes) == len(outputs)
-    return Assembly(lines, tuple(outputs), operand, int(options["pack"]), dtypes)
+    return Assembly(lines, tuple(outputs), tuple(operands), int(options["pack"]), dtypes)
 
 
-def evaluated(assembly: Assembly, x: Array) -> tuple[Array, ...]:
-    """Return the output registers for registers x, uint32 in int64.
+def evaluated(assembly: Assembly, *given: Array) -> tuple[Array, ...]:
+    """Return the output registers for those of the operands, uint32 in int64.
 
     Raises: UnknownInstruction; KeyError for a register that was not written.
     """
-    operand = f"${len(assembly.outputs)}"
+    first = f"${len(assembly.outputs)}"
     early = {f"${i}" for i, text in enumerate(assembly.outputs) if "&" in text}
-    registers: dict[str, Array] = {operand: x}
+    registers = {f"${len(assembly.outputs) + i}": x for i, x in enumerate(given)}
+
+    outputs = {f"${i}" for i in range(len(assembly.outputs))}
 
     def slot(name: str) -> str:
-        is_shared = name.startswith("$") and name not in early
-        return operand if is_shared else name
+        is_shared = name in outputs and name not in early
+        return first if is_shared else name
 
     def read(name: str) -> Array:
         if re.fullmatch(r"0x[0-9a-fA-F]+|\d+", name):
-            return np.full_like(x, int(name, 0))
+            return np.full_like(given[0], int(name, 0))
         return registers[slot(name)]
 
     for line in assembly.lines:

@@ -7,6 +7,8 @@ import importlib.util
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from ctypes import c_int64
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -25,11 +27,40 @@ from kvant.targets.gpu import emit, launch_facts
 from .cpu_cases import Constants
 
 
+@dataclass
+class Held:
+    """A kernel with its arguments, as `launch_gpu.Prepared` has it."""
+
+    launcher: "Interpreter"
+    key: str
+    kernel: str
+    arguments: list[Any]
+    changing: list[int]
+
+    def start(self, grid: Any, stream: int, *changing: Any) -> None:
+        for place, value in zip(self.changing, changing, strict=True):
+            self.arguments[place] = value.reshape(-1).view(self.arguments[place].dtype)
+        given = [x.value if isinstance(x, c_int64) else x for x in self.arguments]
+        self.launcher.launch(self.key, self.kernel, grid, given)
+
+
 class Interpreter:
     """Starts kernels by reading them line by line."""
 
     def __init__(self, modules: Mapping[str, Any]) -> None:
         self.modules = modules
+        self.capturing = False
+
+    def prepare(
+        self, key: str, kernel: str, arguments: Sequence[Any], changing: Sequence[int]
+    ) -> Held:
+        return Held(self, key, kernel, list(arguments), list(changing))
+
+    def stream(self) -> int:
+        return 0
+
+    def is_capturing(self) -> bool:
+        return self.capturing
 
     def launch(self, key: str, kernel: str, grid: Any, arguments: Sequence[Any]) -> None:
         with patched_once():
@@ -91,6 +122,8 @@ def interpreted(
     """A factory for `cache_runner`."""
     keys = [f"p{plans.index(plan)}" for plan in plans]
     own = dict(zip(keys, plans, strict=True))
-    launches = {key: launch_facts(emit(plan, backend), backend) for key, plan in own.items()}
+    launches = {
+        key: launch_facts(emit(plan, backend, plain=True), backend) for key, plan in own.items()
+    }
     launcher = Interpreter({key: module_of(plan, change, backend) for key, plan in own.items()})
     return Kernels(plans, constants, keys, launches, launcher, Garbage("cpu"))

@@ -3,12 +3,12 @@
 from dataclasses import replace
 from typing import Any
 
-from kvant.ir.encodings import Bfp, Lut
+from kvant.ir.encodings import Bfp, Drop, Lut, Sparse
 from kvant.ir.encodings.lut import NF4
 from kvant.ir.maps import Gather, Hadamard, Scale
 from kvant.ir.plan import AttentionPlan
 
-from .cpu_cases import BOTH, int_format, mapped, plan_of
+from .cpu_cases import BOTH, int_format, mapped, plan_of, slices
 
 IN_BLOCKS: dict[str, Any] = {"recent": 128, "flush": "block"}
 
@@ -48,6 +48,22 @@ TILED: dict[str, AttentionPlan] = {
         compute="int",
         k_tokens={"sink": 4},
         v_tokens={"sink": 4},
+    ),
+    "int3": plan_of(
+        int_format(3, "token", 128),
+        int_format(3, "token", 64),
+        heads=1,
+        d=128,
+        compute="int",
+        v_tokens={"recent": 20},
+    ),
+    "int3-channel": plan_of(
+        int_format(3, "channel", 64),
+        int_format(3, "token", 16, zero="none"),
+        heads=1,
+        group=2,
+        compute="int",
+        k_tokens=IN_BLOCKS,
     ),
     "int4-int8": plan_of(
         int_format(4, "token", 32, zero="int"),
@@ -91,6 +107,42 @@ TILED: dict[str, AttentionPlan] = {
         group=8,
         compute="int",
         window=200,
+    ),
+    "kivi4-32": plan_of(
+        int_format(4, "channel", 32),
+        int_format(4, "token", 64, zero="none"),
+        heads=1,
+        group=3,
+        compute="int",
+        k_tokens=IN_BLOCKS | BOTH,
+        v_tokens=BOTH,
+    ),
+    "slices": plan_of(
+        slices(
+            (16, Drop()),
+            (96, int_format(2, "channel", 64)),
+            (16, int_format(8, "channel", 32, zero="none")),
+        ),
+        int_format(2, "token", 64),
+        heads=1,
+        d=128,
+        compute="int",
+        k_tokens={"recent": 64, "flush": "block"},
+    ),
+    "sparse": plan_of(
+        Sparse(int_format(4, "channel", 64), 1),
+        Sparse(int_format(4, "token", 32), 2),
+        heads=1,
+        group=3,
+        compute="int",
+        k_tokens=IN_BLOCKS | BOTH,
+        v_tokens=BOTH,
+    ),
+    "sparse-token": plan_of(
+        Sparse(int_format(2, "token", 64), 2, limit=0.5),
+        Sparse(Bfp(8, 64), 1),
+        compute="int",
+        softcap=20.0,
     ),
     "bfp": plan_of(Bfp(4, 32), Bfp(8, 64), heads=1, compute="int"),
     "bfp8": plan_of(Bfp(8, 64), Bfp(4, 32), heads=1, group=3, compute="int"),

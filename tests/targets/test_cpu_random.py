@@ -162,7 +162,7 @@ class _WrongBy:
     """Kernels whose attend multiplies q by a factor: a wrong scale."""
 
     def __init__(self, kernels: Kernels, factor: float) -> None:
-        self.append, self.encode = kernels.append, kernels.encode
+        self.update = kernels.update
         self.memory, self.check = kernels.memory, kernels.check
         self.layouts = kernels.layouts
         self.right, self.factor = kernels, np.float32(factor)

@@ -40,7 +40,7 @@ class Trapped:
 
     def __init__(self, plans: list[AttentionPlan], constants: list[Constants]) -> None:
         self.right = loaded(plans, constants)
-        self.append, self.encode = self.right.append, self.right.encode
+        self.update = self.right.update
         self.memory, self.check = self.right.memory, self.right.check
         self.layouts, self.steps = self.right.layouts, self.right.steps
 

@@ -22,7 +22,7 @@ from kvant.runtime.memory import TorchMemory
 from kvant.runtime.verify import verify
 from kvant.targets import TARGETS
 from kvant.targets.gpu import compile_gpu, emit, launch_facts, why_not
-from kvant.targets.kernel_text import KERNELS
+from kvant.targets.kernel_text import GPU_KERNELS
 from kvant.targets.machines import GPUS
 
 from ..runtime.cache_bytes import stored_bytes
@@ -41,8 +41,8 @@ def test_binaries_are_the_same_each_time_and_fit_the_gpu() -> None:
     one, two = (compile_gpu(emit(KIVI), gpu) for _ in range(2))
     assert one == two
     launch = json.loads(one["launch.json"])
-    assert set(launch["binaries"]) == set(KERNELS)
-    assert len(KERNELS) <= 8
+    assert set(launch["binaries"]) == set(GPU_KERNELS)
+    assert len(GPU_KERNELS) <= 8
     for name, binary in launch["binaries"].items():
         assert one[binary["file"]][:4] == b"\x7fELF"
         assert binary["shared"] <= gpu.shared, name
@@ -60,7 +60,7 @@ def test_every_kind_of_gpu(plan: str, gpu: str) -> None:
     assert build.target == f"{GPUS[gpu].backend}-{gpu}"
     assert build.facts["gpu"] == gpu
     suffix = "cubin" if GPUS[gpu].backend == "cuda" else "hsaco"
-    assert sum(name.endswith(suffix) for name in build.files) == len(KERNELS)
+    assert sum(name.endswith(suffix) for name in build.files) == len(GPU_KERNELS)
 
 
 @pytest.mark.long
@@ -81,7 +81,7 @@ def test_heads_of_256_channels_fit_the_smallest_gpu(entries: int) -> None:
     k, v = int_format(4, "channel", 64), int_format(4, "token", 256)
     formats = (Sparse(k, entries), Sparse(v, entries)) if entries else (k, v)
     build = TARGETS["cuda:sm_89"].build(plan_of(*formats, d=256))
-    assert sum(name.endswith("cubin") for name in build.files) == len(KERNELS)
+    assert sum(name.endswith("cubin") for name in build.files) == len(GPU_KERNELS)
 
 
 def test_what_cannot_be_built_is_said() -> None:
@@ -114,12 +114,12 @@ def test_kernels_of_an_earlier_version_are_refused() -> None:
     launch = launch_facts(emit(KIVI))
     written = {"p0/launch.json": json.dumps(launch).encode()}
     assert read_launches(["p0", "p0"], written)["p0"]["layouts"] == list(launch["layouts"])
-    del launch["rest_tokens"]
+    del launch["least_tiles"]
     with pytest.raises(KvantError) as caught:
         read_launches(["p0"], {"p0/launch.json": json.dumps(launch).encode()})
     assert caught.value.code == "kernels-missing"
     assert caught.value.what == (
-        "launch.json lacks layouts or rest_tokens: an earlier version of kvant wrote it"
+        "launch.json lacks layouts or least_tiles: an earlier version of kvant wrote it"
     )
 
 
@@ -167,7 +167,7 @@ def test_many_queries_are_attended_in_parts(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(
         Interpreter, "launch", lambda self, *a: (launched.append(a[1]), launch(self, *a))
     )
-    monkeypatch.setattr("kvant.runtime.launch_gpu.PARTIAL_BYTES", 1)
+    monkeypatch.setattr("kvant.runtime.launch_block.PARTIAL_BYTES", 1)
     parts = cache.attend(0, q, return_lse=True)
     assert launched.count("combine") == 3  # 16, 16 and 13 queries
     for one, other in zip(whole, parts, strict=True):

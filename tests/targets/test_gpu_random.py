@@ -39,7 +39,7 @@ def test_splits_are_merged(name: str, tokens: int) -> None:
     ("name", "old", "new"),
     [
         ("int4-token-int", "v_codes & 15", "v_codes & 7"),
-        ("int4-token-int", "newest[None, :])", "newest[None, :] + 1)"),
+        ("int4-token-int", "position <= newest[:, None]", "position <= newest[:, None] + 1"),
         ("kivi-2bit", "k_scale + k_zero", "k_scale"),
         ("kivi-2bit", "(w * sums)", "sums"),
         ("ring", "newest[None, :] - ", "newest[None, :] + 1 - "),

@@ -18,7 +18,17 @@ import torch
 
 from kvant.ir.errors import KvantError
 from kvant.targets.gpu import DIALECTS, HEAD
-from kvant.targets.gpu_sequences import GCN, PLAIN, PTX, Entries, Sequence
+from kvant.targets.gpu_sequences import (
+    GCN,
+    PLAIN,
+    PTX,
+    Entries,
+    Named,
+    Sequence,
+    Times,
+    Triples,
+    Unpacker,
+)
 from kvant.targets.gpu_whole import sequences_of
 
 from .cpu_cases import PLANS
@@ -28,7 +38,6 @@ from .gpu_assembly import Assembly, UnknownInstruction, assembly_of, evaluated
 from .gpu_tile_plans import TILED
 
 Array = np.ndarray[Any, np.dtype[Any]]
-Unpacks = Sequence | Entries
 SHAPES = ("32x8x128", "8x2x64", "4x1x256")
 NUMBER = re.compile(r"(?<![\w$])(0x[0-9A-Fa-f]+|\d+)\b")
 EVERY = np.arange(1 << 16, dtype=np.int64)
@@ -45,17 +54,39 @@ def plans() -> Iterator[Any]:
 
 
 @cache
-def sequences() -> tuple[Unpacks, ...]:
+def sequences() -> tuple[Unpacker, ...]:
     found = {s for plan in plans() for d in DIALECTS.values() for s in sequences_of(plan, d)}
     return tuple(sorted(found, key=lambda s: (type(s).__name__, s.lanes, s.name)))
 
 
-def meaning(sequence: Unpacks, lanes: Array) -> list[Array]:
-    """The bits of each result for lanes of the operand, unsigned."""
-    if isinstance(sequence, Sequence):
-        return [(lanes >> sequence.shift) & sequence.mask]
-    table = np.asarray(sequence.operands)
-    return [table[(lanes >> at) & 15] for at in range(0, sequence.lanes, 4)]
+def meaning(sequence: Unpacker, lanes: Array, *others: Array) -> list[Array]:
+    """The bits of each result for lanes of the operands, unsigned."""
+    match sequence:
+        case Sequence():
+            return [((lanes >> sequence.shift) & sequence.mask) ^ sequence.flip]
+        case Entries():
+            table = np.asarray(sequence.operands)
+            return [table[(lanes >> at) & 15] for at in range(0, sequence.lanes, 4)]
+        case Triples():
+            return [code_of_three(sequence, i, lanes, *others) for i in range(sequence.results)]
+        case Times():
+            x, y = (one.astype(np.uint16).view(np.float16) for one in (lanes, *others))
+            with np.errstate(all="ignore"):
+                return [(x * y).view(np.uint16).astype(np.int64)]
+        case Named():
+            x, y, z = (one.astype(np.uint16).view(np.float16) for one in (lanes, *others))
+            is_one = (x == y).astype(np.float16)
+            with np.errstate(all="ignore"):
+                return [(is_one * z).view(np.uint16).astype(np.int64)]
+
+
+def code_of_three(sequence: Triples, number: int, low: Array, high: Array, factor: Array) -> Array:
+    """Code `number` in its place: its low two bits, and its third bit of a pair."""
+    byte, plane = divmod(number, 4) if sequence.lanes == 16 else (0, number)
+    place = 2 * (plane % 2) if sequence.lanes == 8 else 2 * plane
+    low, high = low >> 8 * byte, high >> 8 * byte
+    third = np.where(factor == 4, high >> 2 * plane, high >> 2 * plane + 1) & 1
+    return (((low >> 2 * plane) & 3) | third << 2) << place
 
 
 def lanes_of(registers: Array, lanes: int) -> Array:
@@ -69,10 +100,27 @@ def registers() -> Array:
     return np.concatenate([EVERY | other << 16, other | EVERY << 16])
 
 
-def is_right(sequence: Unpacks, assembly: Assembly, x: Array) -> bool:
-    want = meaning(sequence, lanes_of(x, sequence.lanes))
+def operands_of(sequence: Unpacker, x: Array) -> tuple[Array, ...]:
+    """x, and what a sequence takes beside it: random registers, and factors of all lanes."""
+    rng = np.random.default_rng(1)
+    match sequence:
+        case Triples():
+            factor = sum(1 << at for at in range(0, 32, sequence.lanes))
+            return x, rng.permutation(x), rng.choice([2, 4], len(x)) * factor
+        case Times():
+            return x, rng.permutation(x)
+        case Named():  # integers, of which some are equal, and numbers
+            small = rng.integers(0, 4, (4, len(x))).astype(np.float16).view(np.uint16)
+            a, b, c, d = small.astype(np.int64)
+            return a | b << 16, c | d << 16, x & 0xBFFFBFFF
+    return (x,)
+
+
+def is_right(sequence: Unpacker, assembly: Assembly, x: Array) -> bool:
+    given = operands_of(sequence, x)
+    want = meaning(sequence, *(lanes_of(one, sequence.lanes) for one in given))
     try:
-        got = evaluated(assembly, x)
+        got = evaluated(assembly, *given)
     except KeyError:
         return False
     return len(got) == len(want) and all(
@@ -81,7 +129,7 @@ def is_right(sequence: Unpacks, assembly: Assembly, x: Array) -> bool:
     )
 
 
-def assemblies(sequence: Unpacks) -> dict[str, Assembly]:
+def assemblies(sequence: Unpacker) -> dict[str, Assembly]:
     """The forms that are assembly; where AMD gets none, it gets the plain form."""
     found = {}
     for form in (PTX, GCN):
@@ -96,7 +144,9 @@ def assemblies(sequence: Unpacks) -> dict[str, Assembly]:
 
 def test_there_are_sequences_of_every_kind() -> None:
     kinds = {(type(s), s.lanes) for s in sequences()}
-    assert {(Sequence, 8), (Sequence, 16), (Entries, 16)} <= kinds
+    assert {(Sequence, 8), (Sequence, 16), (Entries, 16), (Triples, 8), (Triples, 16)} <= kinds
+    assert any(isinstance(s, Sequence) and s.flip for s in sequences())
+    assert {Times(), Named()} <= set(sequences())
     assert len({s.name for s in sequences()}) == len(sequences()), "two have one name"
 
 
@@ -108,31 +158,33 @@ def test_instructions_unpack_every_half_word() -> None:
             assert set(assembly.dtypes) == {kind}
             assert assembly.pack == 32 // sequence.lanes
             letter = "r" if form == PTX else "v"
-            constraints = (*assembly.outputs, assembly.operand)
+            constraints = (*assembly.outputs, *assembly.operands)
             assert {text.strip("=&") for text in constraints} == {letter}
 
 
-def is_unused(line: str, number: str) -> bool:
-    """Whether it is the second operand of a permutation that picks bytes of the first alone."""
-    opcode, *_, selector = line.split()
+def is_unused(lines: tuple[str, ...], i: int, number: str) -> bool:
+    """Whether it is the second operand of a permutation, not picked, or masked out later."""
+    opcode, *_, selector = lines[i].split()
     digits = selector.removeprefix("0x")
-    return opcode == "prmt.b32" and number == "0" and digits.isdigit() and max(digits) < "4"
+    is_picked = not digits.isdigit() or max(digits) >= "4"
+    is_last = i + 1 == len(lines)
+    return opcode == "prmt.b32" and number == "0" and not (is_picked and is_last)
 
 
 def test_a_wrong_number_in_an_instruction_is_seen() -> None:
-    """Every one of them, off by its lowest bit: masks, shifts, selectors, words of tables."""
+    """Every one of them, off by its lowest bit or the next: masks, shifts, selectors, tables."""
     count, x = 0, registers()[::37]
     for sequence in sequences():
         for assembly in assemblies(sequence).values():
             for i, line in enumerate(assembly.lines):
                 for found in NUMBER.finditer(line):
-                    if is_unused(line, found[0]):
+                    if is_unused(assembly.lines, i, found[0]):
                         continue
-                    wrong = f"{int(found[0], 0) ^ 1:#x}"
-                    line_ = line[: found.start()] + wrong + line[found.end() :]
-                    lines = (*assembly.lines[:i], line_, *assembly.lines[i + 1 :])
-                    wrong_one = replace(assembly, lines=lines)
-                    assert not is_right(sequence, wrong_one, x), (line, line_)
+                    numbers = (f"{int(found[0], 0) ^ bit:#x}" for bit in (1, 2))
+                    wrong = (line[: found.start()] + n + line[found.end() :] for n in numbers)
+                    changed = ((*assembly.lines[:i], w, *assembly.lines[i + 1 :]) for w in wrong)
+                    made = (replace(assembly, lines=lines) for lines in changed)
+                    assert not all(is_right(sequence, one, x) for one in made), (line, found[0])
                     count += 1
     assert count > 20
 
@@ -147,20 +199,25 @@ def test_a_register_that_is_written_too_early_is_seen() -> None:
 
 
 def test_an_unknown_instruction_is_named() -> None:
-    wrong = Assembly(("brev.b32 $0, $1",), ("=r",), "r", 4, ("int8",))
+    wrong = Assembly(("brev.b32 $0, $1",), ("=r",), ("r",), 4, ("int8",))
     with pytest.raises(UnknownInstruction, match=r"'brev.b32' in 'brev.b32 \$0, \$1'"):
         evaluated(wrong, registers())
 
 
-def run_plain(sequence: Unpacks, x: Array, folder: Path, change: tuple[str, str]) -> list[Array]:
+def run_plain(
+    sequence: Unpacker, given: tuple[Array, ...], folder: Path, change: tuple[str, str]
+) -> list[Array]:
     """The plain form in Triton's interpreter, the bits of each result."""
     kind = "int8" if sequence.lanes == 8 else "float16"
-    names = [f"y{i}" for i in range(sequence.results)]
-    text = HEAD + sequence.source(PLAIN) + "\n\n@triton.jit\ndef unpack(x, out):\n"
-    text += f"    at = tl.arange(0, {len(x)})\n"
-    text += f"    {', '.join(names)} = {sequence.name}(tl.load(x + at))\n"
+    names, count = [f"y{i}" for i in range(sequence.results)], len(given[0])
+    takes = [f"x{i}" for i in range(len(given))]
+    text = HEAD + sequence.source(PLAIN)
+    text += f"\n\n@triton.jit\ndef unpack({', '.join(takes)}, out):\n"
+    text += f"    at = tl.arange(0, {count})\n"
+    loads = ", ".join(f"tl.load({name} + at)" for name in takes)
+    text += f"    {', '.join(names)} = {sequence.name}({loads})\n"
     for i, name in enumerate(names):
-        text += f"    tl.store(out + {i * len(x)} + at, {name})\n"
+        text += f"    tl.store(out + {i * count} + at, {name})\n"
     path = folder / f"{sequence.name}_{sequence.lanes}.py"
     path.write_text(text.replace(*change) if change[0] else text)
     spec = importlib.util.spec_from_file_location("plain", path)
@@ -168,17 +225,25 @@ def run_plain(sequence: Unpacks, x: Array, folder: Path, change: tuple[str, str]
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    out = torch.zeros((len(names), len(x)), dtype=getattr(torch, kind))
+    out = torch.zeros((len(names), count), dtype=getattr(torch, kind))
     own = {8: np.uint8, 16: np.uint16}[sequence.lanes]
-    module.unpack[(1,)](torch.from_numpy(x.astype(own).view(f"int{sequence.lanes}")), out)
+    is_float = isinstance(sequence, Times | Named)
+    dtype = "float16" if is_float else f"int{sequence.lanes}"
+    tensors = (torch.from_numpy(x.astype(own).view(dtype)) for x in given)
+    module.unpack[(1,)](*tensors, out)
     return [one.astype(np.int64) for one in out.numpy().view(own)]
 
 
-def check_plain(sequence: Unpacks, folder: Path, change: tuple[str, str] = ("", "")) -> None:
-    x = EVERY[: 1 << sequence.lanes]
-    got = run_plain(sequence, x, folder, change)
-    for one, other in zip(got, meaning(sequence, x), strict=True):
-        assert np.array_equal(one, other), sequence.name
+def check_plain(sequence: Unpacker, folder: Path, change: tuple[str, str] = ("", "")) -> None:
+    every = operands_of(sequence, EVERY[: 1 << sequence.lanes])
+    given = [one & ((1 << sequence.lanes) - 1) for one in every]
+    got = run_plain(sequence, tuple(given), folder, change)
+    for one, other in zip(got, meaning(sequence, *given), strict=True):
+        if isinstance(sequence, Times | Named):  # a NaN may have any bits, a zero any sign
+            halves = (x.astype(np.uint16).view(np.float16) for x in (one, other))
+            assert np.array_equal(*halves, equal_nan=True), sequence.name
+        else:
+            assert np.array_equal(one, other), sequence.name
 
 
 def test_the_plain_form_unpacks_every_lane(tmp_path: Path) -> None:
