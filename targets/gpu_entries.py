@@ -19,6 +19,10 @@ MOST_GAP = 120.0
 """Exponent of a tile's weights that float32 can undo; those of a larger one are as good as none."""
 
 
+LEAST_FACTOR = 1e-36
+"""Queries that are smaller make no score that float32 could tell from zero."""
+
+
 def entries_of(reader: PageReader) -> int:
     """Return how many entries a token has."""
     return reader.part.sparse.count if reader.part.sparse is not None else 0
@@ -54,7 +58,7 @@ def write_entry_factor(kernel: Kernel, plan: AttentionPlan, k: tuple[Block, ...]
     if not any(entries_of(block.reader) for block in k):
         return
     whole = "1.0" if plan.softcap is not None else str(LOG2_E)
-    kernel.line(f"per_score = tl.where(factor > 0.0, {whole} / factor, 0.0)")
+    kernel.line(f"per_score = tl.where(factor > {LEAST_FACTOR}, {whole} / factor, 0.0)")
 
 
 def write_entry_weights(kernel: Kernel, plan: AttentionPlan, v: tuple[Block, ...]) -> None:

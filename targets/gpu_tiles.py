@@ -28,6 +28,8 @@ from .gpu_text import Dialect, Kernel, across, as_f32, load, padded
 
 LEAST_TOKENS = 32
 """Tokens that share scales of channels, at least."""
+LEAST_RESULTS = 64
+"""Numbers of a part's results, which are memory to build operands in, at least."""
 LEAST_BYTES = 32
 """Bytes of a token in a block: the least terms of a product of i8, and twice 16 for halves."""
 
@@ -70,6 +72,14 @@ def _why_not(plan: AttentionPlan, role: str, part: Part) -> str | None:
         return "sparse entries in other types than f16"
     if isinstance(fmt, Lut) and fmt.bits != 4:
         return "no sequence unpacks the codes"
+    if block_bytes(part) % 2 or plane_bytes(part) % 2:
+        return "scales or planes of an odd number of bytes"
+    if code_bits(fmt) == 3 and part.width % 32:
+        return "three bits take a multiple of 32 channels"
+    if (code_bits(fmt) == 3 or part.sparse) and plan.group * plan.v.channels < LEAST_RESULTS:
+        return "three bits and sparse entries take more results of a KV head"
+    if fmt.group_channels == 1 and not (isinstance(fmt, Int) and fmt.axis == "channel"):
+        return "a scale for each number"
     if isinstance(fmt, Int) and fmt.axis == "channel":
         if role == "v":
             return "scales of channels"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..ir.arrangements import TILES
-from ..ir.encodings import Bfp
+from ..ir.encodings import Int
 from ..ir.halves import TILE
 from ..ir.plan import AttentionPlan
 from .gpu_entries import write_entry_weights
@@ -73,9 +73,9 @@ def write_weights(kernel: Kernel, plan: AttentionPlan, v: tuple[Block, ...], row
 
 
 def _is_f16(reader: PageReader) -> bool:
-    """Return whether scales are float16, whose exponents are few; none is zero."""
+    """Return whether scales are float16 of integers: their exponents are few, and none is zero."""
     fmt = reader.coded()
-    return not isinstance(fmt, Bfp) and fmt.params == "f16"
+    return isinstance(fmt, Int) and fmt.params == "f16"
 
 
 def _summed(terms: str, rows: int) -> str:

@@ -250,7 +250,9 @@ def test_two_replays_differ_in_what_memory_holds_alone(name: str) -> None:
     assert (cache.lengths == slow.lengths).all()
 
 
-@pytest.mark.parametrize("name", ["int4", "kivi2"])  # rows alike; rows encoded in turns
+@pytest.mark.parametrize(  # rows alike; rows encoded in turns
+    "name", ["int4", pytest.param("kivi2", marks=pytest.mark.long)]
+)
 def test_a_full_tail_is_moved_to_its_own_front(name: str) -> None:
     cache, steps, _ = planned(TILED[name], 900, prompt=5, start=[0, 3])
     stream = cache.layers[1].k
@@ -324,6 +326,7 @@ def test_a_replayed_graph_attends_to_what_was_appended_since() -> None:
     assert cache.length == 130
 
 
+@pytest.mark.long
 def test_the_batch_changes_no_bit() -> None:
     """Rows are split by their own length, and their parts are merged in an order of their own."""
     plan = TILED["int4"]

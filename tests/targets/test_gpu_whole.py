@@ -10,7 +10,7 @@ import pytest
 
 from kvant.ir.arrangements import ROWS, TILES, TURNED
 from kvant.ir.encodings import Bfp, Lut, Raw, Sparse
-from kvant.ir.encodings.lut import LLOYD
+from kvant.ir.encodings.lut import LLOYD, NF4
 from kvant.ir.plan import AttentionPlan
 from kvant.runtime.cache import Cache
 from kvant.runtime.launch_gpu import Kernels
@@ -130,6 +130,32 @@ FLOATS: dict[str, tuple[AttentionPlan, str]] = {
         "values: no sequence unpacks the codes",
     ),
     "values": (plan_of(INT4, channel(4, 64), compute="int"), "values: scales of channels"),
+    "three-bits": (
+        plan_of(int_format(3, "token", 80), int_format(4, "token", 80), d=80, compute="int"),
+        "keys: three bits take a multiple of 32 channels",
+    ),
+    "odd-planes": (
+        plan_of(int_format(4, "token", 20), int_format(2, "token", 20), d=20, compute="int"),
+        "values: scales or planes of an odd number of bytes",
+    ),
+    "odd-groups": (
+        plan_of(int_format(4, "token", 96), int_format(4, "token", 3), d=96, compute="int"),
+        "values: scales or planes of an odd number of bytes",
+    ),
+    "each": (
+        plan_of(INT4, int_format(8, "token", 1), compute="int"),
+        "values: a scale for each number",
+    ),
+    "few-results": (
+        plan_of(
+            int_format(4, "token", 16),
+            Sparse(int_format(4, "token", 16), 1),
+            group=1,
+            d=16,
+            compute="int",
+        ),
+        "values: three bits and sparse entries take more results of a KV head",
+    ),
     "groups": (plan_of(channel(4, 48), INT4, compute="int"), f"keys: {LIMITS}"),
     "bf16": (plan_of(channel(4, 64, params="bf16"), INT4, compute="int"), f"keys: {LIMITS}"),
 }
@@ -186,6 +212,23 @@ def outputs_of(plan: AttentionPlan, power: int, change: tuple[str, str] = ("", "
     q = rng.normal(size=(1, plan.q_heads, 1, plan.k.channels)).astype(np.float32)
     out, lse = cache.attend(0, q, return_lse=True)
     return np.ldexp(out, -power), lse
+
+
+@pytest.mark.parametrize("fmt", [Lut(4, 64, NF4), Bfp(8, 64), INT4], ids=["nf4", "bfp", "int4"])
+def test_tiles_of_zeros_change_nothing(fmt: Any) -> None:
+    """Scales of zero have no exponent to take out of weights."""
+    plan, rng = plan_of(INT4, fmt, heads=1, compute="int"), np.random.default_rng(6)
+    cache = Cache([plan], interpreted([plan], [{}]), batch=1, max_tokens=400)
+    k, v = random_kv(rng, plan, 1, 200)
+    v[:, :, :128] = 0.0  # two tiles, whose sums would overflow
+    for part in (slice(0, 195), slice(195, 200)):  # what is due is encoded by the next append
+        cache.append(0, k[:, :, part], v[:, :, part])
+    q = 1e-3 * rng.normal(size=(1, plan.q_heads, 1, plan.k.channels)).astype(np.float32)
+    out, lse = cache.attend(0, q, return_lse=True)
+    assert np.isfinite(lse).all()
+    weights = np.exp(k[0, 0] @ q[0, 0, 0] * plan.scale)
+    want = weights @ v[0, 0] / weights.sum()
+    assert np.abs(out[0, 0, 0] - want).max() < 0.15 * np.abs(want).max()
 
 
 @pytest.mark.parametrize(
