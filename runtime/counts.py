@@ -75,11 +75,16 @@ def next_counts(layer: "Layer", reserved: int) -> Counts:
     return Counts(columns, first, count, before, before + count, held, begin, end)
 
 
-def counted_alike(layers: Sequence["Layer"]) -> tuple[tuple[int, ...], ...]:
-    """Return the layers in groups, whose members count the same from now on."""
+def counted_alike(layers: Sequence["Layer"], keys: Sequence[object]) -> tuple[tuple[int, ...], ...]:
+    """Return the layers in groups, whose members count the same from now on by the same kernels.
+
+    Args:
+        layers: of a cache.
+        keys: which kernels each has.
+    """
     groups: dict[object, list[int]] = {}
-    for index, layer in enumerate(layers):
-        groups.setdefault(_state(layer), []).append(index)
+    for index, (layer, key) in enumerate(zip(layers, keys, strict=True)):
+        groups.setdefault((key, _state(layer)), []).append(index)
     return tuple(tuple(group) for group in groups.values())
 
 

@@ -122,7 +122,7 @@ class Decode:
     ) -> None:
         self.kernels, self.most, self.reserved, self.tokens = kernels, most, reserved, tokens
         self.waiting: set[int] = set()
-        members = counted_alike(layers)
+        members = counted_alike(layers, [kernels.key_of(i) for i in range(len(layers))])
         streams = [stream for layer in layers for stream in layer.streams]
         widths = [stream.table.shape[1] for stream in streams]
         self._board = open_board(kernels.torch_memory, len(members), streams, widths)
@@ -147,8 +147,8 @@ class Decode:
 
     @property
     def is_planned(self) -> bool:
-        """Whether a step was counted."""
-        return self._groups[0].counts is not None
+        """Whether a step was counted, and its counts were sent."""
+        return all(group.counts is not None for group in self._groups)
 
     def append(self, index: int, k: Tensor, v: Tensor) -> bool:
         """Append one token to a layer, [B, H, 1, D] each. Return whether it was done."""
@@ -191,6 +191,9 @@ class Decode:
             for number, group in enumerate(self._groups):
                 taken += self._count(number, group)
         except BaseException:
+            # What was counted was not sent: until the next step is, all go the long way.
+            for group in self._groups:
+                group.counts = None
             for member in self.members:
                 for stream in member.streams:
                     drop_pages(stream)

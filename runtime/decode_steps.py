@@ -89,8 +89,11 @@ class DecodeSteps:
                 fix="make new ones with cache.decode_steps, and capture again",
             )
         known = are_still(self._addresses, self._present()) and not self._decode.waiting
+        known = known and self.cache.reserved == self._decode.reserved
         if not known or not self._decode.advance():
             raise _ended("another call has changed the cache since the last step")
+        if not are_still(self._addresses, self._present()):
+            raise _ended("a pool of pages had to grow, so that its addresses changed")
         for index in range(len(self.cache.layers)):
             self._decode.settle(index)
 

@@ -222,9 +222,14 @@ class Kernels:
         begin, end = whole_tiles(length, encoded, plan.k.tokens.sink, plan.window)
         whole = np.maximum(end - begin, 0)
         seen = length if plan.window is None else np.minimum(length, plan.window)
-        splits = _splits_of(int(whole.max()) // TILE, facts)
+        # A row with fewer tiles may have more splits: the rule is that of each row alone.
+        splits = max(_splits_of(tiles, facts) for tiles in (whole // TILE).tolist())
         rest = max(1, _tiles(int((seen - whole).max()), facts["rest_tokens"]))
         return splits, splits + rest
+
+    def key_of(self, layer: int) -> str:
+        """Return which kernels a layer has: equal for layers of the same plan."""
+        return self._keys[layer]
 
     def most_parts(self, layer: int, length: int, raw: int) -> tuple[int, int]:
         """Return the most that `parts` may return for rows of up to some length.

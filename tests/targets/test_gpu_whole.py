@@ -180,6 +180,14 @@ def test_splits_of_whole_tiles_are_merged(name: str, monkeypatch: pytest.MonkeyP
     assert parts >= 3  # two splits, and a part of the rest
 
 
+def test_a_shorter_row_may_have_more_splits() -> None:
+    """33 tiles in splits of two are 17, and 32 tiles in splits of one are 32."""
+    kernels = interpreted([TILED["int4"]], [{}])
+    kernels._launches["p0"] = {**kernels._launches["p0"], "most_splits": 32, "least_tiles": 1}
+    tokens = 64 * np.array([33, 32])
+    assert kernels.parts(0, tokens, tokens)[0] == 32
+
+
 def test_a_long_row_has_longer_splits_not_more(monkeypatch: pytest.MonkeyPatch) -> None:
     for where in ("gpu", "gpu_whole"):
         monkeypatch.setattr(f"kvant.targets.{where}.MOST_SPLITS", 2)
