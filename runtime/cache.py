@@ -35,14 +35,13 @@ from .stream import (
     drop_pages,
     due,
     held_from,
-    make_room,
     new_stream,
     page_limit,
     stream_bytes,
     take_pages,
     take_rows,
-    trim,
 )
+from .tails import make_room, trim
 from .tensors import (
     Kind,
     check_finite,

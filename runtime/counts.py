@@ -20,10 +20,9 @@ from .stream import (
     drop_pages,
     due,
     held_from,
-    make_room,
     pages_before,
-    slide_tail,
 )
+from .tails import make_room, slide_tail
 
 if TYPE_CHECKING:
     from .cache import Layer
@@ -108,7 +107,7 @@ def _stream_state(stream: Stream) -> object:
 
 
 def make_tails(streams: Sequence[Stream], length: Ints, *, stay: bool) -> None:
-    """Make room in the tails of streams that are counted alike; see `stream.make_room`.
+    """Make room in the tails of streams that are counted alike; see `tails.make_room`.
 
     `stay`: at the addresses where they are; they must be large enough for `fix_tail`.
     """

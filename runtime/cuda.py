@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..ir.errors import KvantError
-from .launch_gpu import Grid
+from .launcher import Grid
 
 # Dynamic shared memory of a block that needs no leave.
 _SHARED_WITHOUT_ASKING = 48 * 1024
@@ -71,22 +71,22 @@ class CudaLauncher:
             )
 
     def launch(self, key: str, kernel: str, grid: Grid, arguments: Sequence[Any]) -> None:
-        """Start a kernel of plan `key` on torch's current stream; see `launch_gpu.Launcher`."""
+        """Start a kernel of plan `key` on torch's current stream; see `launcher.Launcher`."""
         self.prepare(key, kernel, arguments).start(grid, self.stream())
 
     def prepare(
         self, key: str, kernel: str, arguments: Sequence[Any], changing: Sequence[int] = ()
     ) -> "PreparedLaunch":
-        """Return a kernel with its arguments; see `launch_gpu.Launcher`."""
+        """Return a kernel with its arguments; see `launcher.Launcher`."""
         function, shared, threads = self._kernels[key, kernel]
         return PreparedLaunch(self, kernel, (function, shared, threads), arguments, changing)
 
     def stream(self) -> int:
-        """Return torch's current stream; see `launch_gpu.Launcher`."""
+        """Return torch's current stream; see `launcher.Launcher`."""
         return int(self._raw_stream(self._index))
 
     def is_capturing(self) -> bool:
-        """Return whether that stream is being captured; see `launch_gpu.Launcher`."""
+        """Return whether that stream is being captured; see `launcher.Launcher`."""
         return bool(self._cuda.is_current_stream_capturing())
 
     def start(self, name: str, given: tuple[Any, ...]) -> None:

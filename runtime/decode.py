@@ -24,8 +24,9 @@ from .counts import (
     settle,
     take_pages_alike,
 )
-from .launch_gpu import Grid, Kernels, refuse_capture
+from .launch_gpu import Kernels
 from .launch_step import Cells, LayerStep, bind_step, made_of
+from .launcher import Grid, refuse_capture
 from .stream import Ints, Pair, drop_pages
 
 if TYPE_CHECKING:

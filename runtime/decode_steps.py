@@ -22,9 +22,11 @@ from ..ir.errors import KvantError
 from .bound import are_still
 from .counts import most_waiting
 from .decode import Decode
-from .launch_gpu import Kernels, refuse_capture
+from .launch_gpu import Kernels
 from .launch_step import made_of
-from .stream import Stream, fix_tail, page_limit, pages_before
+from .launcher import refuse_capture
+from .stream import Stream, page_limit, pages_before
+from .tails import fix_tail
 from .tensors import check_shape
 
 if TYPE_CHECKING:

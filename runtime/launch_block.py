@@ -26,6 +26,8 @@ PARTIAL_BYTES = 256 << 20
 """What the partial results of one launch may take, where that leaves LEAST_QUERIES."""
 SCRATCH_BYTES = 512 << 20
 """What tokens as plain numbers may take, where that leaves one split."""
+SPLITS = "least_tiles", "most_splits"
+"""Facts of plan and machine by which a row's length alone says how its whole tiles are split."""
 LEAST_SPLIT, MOST_SPLIT = 512, 8192
 """Tokens of a split."""
 PROGRAMS = 256
@@ -80,7 +82,7 @@ def split_tokens(plan: AttentionPlan, rows: int, queries: int) -> int:
         rows: of a tile of attend_block.
         queries: of a call.
     """
-    programs = plan.k.heads * _tiles(queries * plan.group, rows)
+    programs = plan.k.heads * ceil_div(queries * plan.group, rows)
     longer = MOST_SPLIT // LEAST_SPLIT
     return LEAST_SPLIT * min(longer, max(1, 1 << (programs * longer // PROGRAMS).bit_length() >> 1))
 
@@ -124,7 +126,7 @@ def _spans(block: Block, batch: int, size: int, first: int, stop: int) -> list[t
         plan.k.channels + plan.v.channels
     )
     most = max(1, SCRATCH_BYTES // (each * size * batch * plan.k.heads))
-    last = max(first + 1, _tiles(stop, size))
+    last = max(first + 1, ceil_div(stop, size))
     return [(at, min(most, last - at)) for at in range(first, last, most)]
 
 
@@ -139,7 +141,7 @@ def _unpack(block: Block, length: Ints, queries: int, size: int, part: int, spli
     """Return the tokens of some splits as plain numbers; those past all rows are left out."""
     plan, tile = block.plan, block.facts["attend_block"]["tokens"]
     first = part * size
-    count = tile * max(1, _tiles(min(splits * size, int(length.max()) - first), tile))
+    count = tile * max(1, ceil_div(min(splits * size, int(length.max()) - first), tile))
     groups = len(length) * plan.k.heads
     arrays: dict[str, Any] = {}
     for stream in (plan.k, plan.v):
@@ -164,14 +166,14 @@ class _Queries:
         self._block = block
         self._shape = tuple(q.shape[:3])
         self._groups, needed = batch * plan.k.heads, self._count * plan.group
-        self._tiles = _tiles(needed, facts["attend_block"]["rows"])
+        self._tiles = ceil_div(needed, facts["attend_block"]["rows"])
         rows = self._tiles * facts["attend_block"]["rows"]
         parts = sum(spans[-1])
         values = {**block.values, **block.buffers(self._groups * rows, parts)}
         values |= {"q": q, "length_of": length, "rows": rows, "queries": self._count}
-        values |= {name: facts[name] for name in ("least_tiles", "most_splits")}
+        values |= {name: facts[name] for name in SPLITS}
         self._values = values | {"parts": parts, "splits": parts, "alone": 0}
-        grid = (self._groups, _tiles(needed, facts["rows"]["prepare"]))
+        grid = (self._groups, ceil_div(needed, facts["rows"]["prepare"]))
         block.call("prepare", grid, self._values)
 
     def attend(self, plain: Plain, size: int) -> None:
@@ -190,10 +192,11 @@ class _Queries:
         block, empty = self._block, self._block.memory.empty
         out, lse = empty((*self._shape, block.plan.v.channels)), empty(self._shape)
         needed = self._count * block.plan.group
-        grid = (self._groups, _tiles(needed, block.facts["rows"]["combine"]))
+        grid = (self._groups, ceil_div(needed, block.facts["rows"]["combine"]))
         block.call("combine", grid, {**self._values, "out": out, "lse": lse})
         return out, lse
 
 
-def _tiles(count: int, size: int) -> int:
+def ceil_div(count: int, size: int) -> int:
+    """Return how many pieces of a size hold so many."""
     return -(-count // size)

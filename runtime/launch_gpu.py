@@ -10,7 +10,7 @@ from copy import copy
 from ctypes import c_int64
 from dataclasses import replace
 from functools import cache, partial
-from typing import Any, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,55 +20,14 @@ from ..ir.halves import TILE, whole_tiles
 from ..ir.layouts import PageLayout
 from ..ir.plan import AttentionPlan
 from .arguments import constant_arguments, stream_values
-from .launch_block import Block
+from .launch_block import SPLITS, Block, ceil_div
 from .launch_block import attend as attend_block
+from .launcher import Grid, Launcher, Prepared, refuse_capture
 from .memory import Memory, TorchMemory
 from .stream import Ints, New, Pair, Span, Steps, Stream
 
 Array = NDArray[Any]
 Tensor: TypeAlias = Any
-Grid: TypeAlias = tuple[int, int, int]
-
-SPLITS = "least_tiles", "most_splits"
-"""Facts of plan and machine by which a row's length alone says how it is split."""
-
-
-class Prepared(Protocol):
-    """A kernel with its arguments, for launches that come at every token."""
-
-    def start(self, grid: Grid, stream: int, *changing: Tensor) -> None:
-        """Start the kernel on a stream: what `Launcher.stream` returned.
-
-        `changing`: tensors in the places that `prepare` was told of; their bytes are read as the
-        type that was there.
-        """
-
-
-class Launcher(Protocol):
-    """Starts kernels."""
-
-    def launch(self, key: str, kernel: str, grid: Grid, arguments: Sequence[Any]) -> None:
-        """Start a kernel of plan `key` on torch's current stream; numbers are int64."""
-
-    def prepare(
-        self, key: str, kernel: str, arguments: Sequence[Any], changing: Sequence[int]
-    ) -> Prepared:
-        """Return a kernel with arguments, which it keeps alive.
-
-        Args:
-            key: of the plan.
-            kernel: its name.
-            arguments: tensors; numbers; and cells (ctypes.c_int64), numbers that are read when the
-                kernel starts.
-            changing: places of tensors that are given anew at each start; an empty one of the type
-                stands there.
-        """
-
-    def stream(self) -> int:
-        """Return torch's current stream, as the driver calls it."""
-
-    def is_capturing(self) -> bool:
-        """Return whether that stream is being captured into a graph."""
 
 
 class Kernels:
@@ -156,10 +115,10 @@ class Kernels:
         """
         facts = self._launch_facts(layer)["append"]
         k, v = (
-            facts[role]["programs"] * _tiles(most, facts[role]["tokens"])
+            facts[role]["programs"] * ceil_div(most, facts[role]["tokens"])
             for role, most in (("k", k_due), ("v", v_due))
         )
-        programs = int(k + v) + 2 * _tiles(tokens, facts["rows"])
+        programs = int(k + v) + 2 * ceil_div(tokens, facts["rows"])
         grid = programs, batch * self._plans[layer].k.heads, 1
         return grid, {"k_encodes": k, "v_encodes": v}
 
@@ -185,7 +144,7 @@ class Kernels:
 
     def _splits(self, layer: int, length: Ints) -> int:
         sink, size = self._plans[layer].k.tokens.sink, self._launch_facts(layer)["split_tokens"]
-        return max(1, _tiles(int(length.max()) - sink, size))
+        return max(1, ceil_div(int(length.max()) - sink, size))
 
     def _attend(self, layer: int, q: Tensor, k: Stream, v: Stream) -> tuple[Tensor, Tensor]:
         """Attend one query of each row."""
@@ -224,7 +183,7 @@ class Kernels:
         seen = length if plan.window is None else np.minimum(length, plan.window)
         # A row with fewer tiles may have more splits: the rule is that of each row alone.
         splits = max(_splits_of(tiles, facts) for tiles in (whole // TILE).tolist())
-        rest = max(1, _tiles(int((seen - whole).max()), facts["rest_tokens"]))
+        rest = max(1, ceil_div(int((seen - whole).max()), facts["rest_tokens"]))
         return splits, splits + rest
 
     def key_of(self, layer: int) -> str:
@@ -244,10 +203,10 @@ class Kernels:
             splits = self._splits(layer, np.array([length]))
             return splits, splits
         seen = length if plan.window is None else min(length, plan.window)
-        splits = min(facts["most_splits"], _tiles(seen // TILE, facts["least_tiles"]))
+        splits = min(facts["most_splits"], ceil_div(seen // TILE, facts["least_tiles"]))
         # Tiles that are cut at both ends, and one that is cut at both.
         rest = min(seen, plan.k.tokens.sink + raw + 3 * TILE)
-        return splits, splits + max(1, _tiles(rest, facts["rest_tokens"]))
+        return splits, splits + max(1, ceil_div(rest, facts["rest_tokens"]))
 
     def _buffers(self, plan: AttentionPlan, rows: int, parts: int) -> dict[str, Tensor]:
         """Return memory for the queries of all rows, and for their results of each part."""
@@ -255,8 +214,8 @@ class Kernels:
         return {
             "query": empty((rows * plan.k.channels,)),
             # Integers of at most 16 bits each, and what one is worth.
-            "query_codes": empty((_tiles(rows * plan.k.channels, 2),)),
-            "query_halves": empty((_tiles(rows * plan.k.channels, 2),)),
+            "query_codes": empty((ceil_div(rows * plan.k.channels, 2),)),
+            "query_halves": empty((ceil_div(rows * plan.k.channels, 2),)),
             "query_step": empty((rows,)),
             "part_out": empty((rows * parts * plan.v.channels,)),
             "part_max": empty((rows * parts,)),
@@ -307,13 +266,13 @@ class Kernels:
     def rows_of_one(self, layer: int) -> int:
         """Return the rows of the tiles that one query of all heads of a group takes."""
         size = int(self._launch_facts(layer)["rows"]["attend"])
-        return size * _tiles(self._plans[layer].group, size)
+        return size * ceil_div(self._plans[layer].group, size)
 
     def tiles_of_one(self, layer: int) -> tuple[int, int, int]:
         """Return how many tiles of heads prepare, attend and combine have for one query."""
         rows, group = self._launch_facts(layer)["rows"], self._plans[layer].group
         prepare, attend, combine = (rows[name] for name in ("prepare", "attend", "combine"))
-        return _tiles(group, prepare), _tiles(group, attend), _tiles(group, combine)
+        return ceil_div(group, prepare), ceil_div(group, attend), ceil_div(group, combine)
 
     def scratch(self, layer: int, batch: int, parts: int) -> dict[str, Tensor]:
         """Return memory for what the kernels of one query a row leave for one another."""
@@ -370,21 +329,6 @@ class Kernels:
         return self._launches[self._keys[layer]]
 
 
-def refuse_capture(launcher: Launcher, what: str) -> None:
-    """Refuse what a graph would replay with the numbers of now.
-
-    Raises: KvantError "graph-capture".
-    """
-    if launcher.is_capturing():
-        raise KvantError(
-            "graph-capture",
-            f"{what} while a CUDA graph is captured; a replay would use the counts of now again",
-            where="cache",
-            fix="use cache.decode_steps: plan() before the capture and before each replay, append "
-            "and attend inside the capture",
-        )
-
-
 def _stream_values(stream: Stream) -> dict[str, Any]:
     """Return a stream's arguments; of its table only the columns in use."""
     used = 1 + int(np.flatnonzero((stream.table >= 0).any(axis=0)).max(initial=0))
@@ -394,7 +338,7 @@ def _stream_values(stream: Stream) -> dict[str, Any]:
 
 def _splits_of(tiles: int, facts: Mapping[str, Any]) -> int:
     """Return how many splits some whole tiles have; `gpu_whole.write_tiles` has the same rule."""
-    return _tiles(tiles, max(_tiles(tiles, facts["most_splits"]), facts["least_tiles"]))
+    return ceil_div(tiles, max(ceil_div(tiles, facts["most_splits"]), facts["least_tiles"]))
 
 
 @cache
@@ -407,10 +351,6 @@ def _most(span: Span) -> int:
     """Return the most positions of a row in [begin, end)."""
     begin, end = span
     return int((end - begin).max(initial=0))
-
-
-def _tiles(count: int, size: int) -> int:
-    return -(-count // size)
 
 
 def _refusal(layer: int, stream: Stream, found: Ints) -> KvantError:

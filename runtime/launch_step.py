@@ -10,7 +10,9 @@ from dataclasses import dataclass, field, fields
 from typing import Any, TypeAlias
 
 from .arguments import stream_values
-from .launch_gpu import SPLITS, Kernels, Prepared
+from .launch_block import SPLITS
+from .launch_gpu import Kernels
+from .launcher import Prepared
 from .stream import Pair
 
 Tensor: TypeAlias = Any

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from .bound import are_still, arrays_of
 from .inlet import Inlet
-from .stream import Ints, Kernels, Pair, Steps, Stream, make_room, take_pages
+from .stream import Ints, Kernels, Pair, Steps, Stream, take_pages
+from .tails import make_room
 
 if TYPE_CHECKING:
     from .cache import Layer

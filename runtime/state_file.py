@@ -30,7 +30,8 @@ from . import strict_json
 from .columns import Columns, Ints, new_columns
 from .memory import Array
 from .publish import flush_folder
-from .stream import Stream, make_room, pages_before, take_pages
+from .stream import Stream, pages_before, take_pages
+from .tails import make_room
 
 if TYPE_CHECKING:
     from .cache import Cache, Layer

@@ -24,12 +24,10 @@ from ..ir.layouts import PageLayout
 from ..ir.plan import TABLE_BYTES, StreamPlan
 from .memory import HOST, Array, Memory
 from .pages import PagePool
+from .tails import TAIL_MIN, trim
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
-
-_TAIL_MIN = 64  # tokens; a smaller tail would be moved often
-_SLIDE = 256  # tokens that are better copied within a tail, which then has room for them twice
 
 
 @dataclass(slots=True)
@@ -232,7 +230,7 @@ def new_stream(
         window=window,
         memory=memory,
         sink=memory.zeros((batch, plan.heads, sinks, plan.channels)),
-        tail=memory.zeros((batch, plan.heads, _TAIL_MIN, plan.channels)),
+        tail=memory.zeros((batch, plan.heads, TAIL_MIN, plan.channels)),
         tail_first=np.full(batch, sinks, np.int64),
         table=np.full((batch, max(1, page_limit(plan, max_tokens))), -1, np.int64),
         held=np.full(batch, sinks, np.int64),
@@ -300,81 +298,6 @@ def drop_pages(stream: Stream) -> None:
     dropped = stream.table[outside]
     stream.table[outside] = -1  # first, so that an interruption loses pages, and shares none
     stream.pool.give_back(dropped[dropped >= 0].tolist())
-
-
-def make_room(stream: Stream, new_length: Ints, ahead: int = 0) -> None:
-    """Make the tail large enough for positions up to `new_length`; the content does not change.
-
-    Args:
-        stream: the stream.
-        new_length: int64[B].
-        ahead: tokens that are likely to follow; at most those for which a new tail has room.
-    """
-    slots = zip(new_length.tolist(), stream.tail_first.tolist(), strict=True)
-    if max(last - first for last, first in slots) + ahead <= stream.tail.shape[2]:
-        return
-    need = max(0, int((new_length - stream.encoded).max()))
-    if need + _TAIL_MIN // 2 > stream.tail.shape[2] or not _slide_tail(stream):
-        _move_tail(stream, _room_for(need))
-
-
-def fix_tail(stream: Stream, live: int) -> None:
-    """Make the tail so large that `slide_tail` alone makes room, seldom, for `live` tokens."""
-    if stream.tail.shape[2] < 3 * live + _TAIL_MIN:
-        _move_tail(stream, 3 * live + _TAIL_MIN)
-
-
-def slide_tail(stream: Stream) -> None:
-    """Copy what is live to the front of a tail of torch, whatever it lies over."""
-    live, at = _live(stream)
-    if len({*zip(live, at, strict=True)}) == 1:
-        stream.tail[:, :, : live[0]] = stream.tail[:, :, at[0] : at[0] + live[0]].clone()
-    else:
-        for row, (count, begin) in enumerate(zip(live, at, strict=True)):
-            stream.tail[row, :, :count] = stream.tail[row, :, begin : begin + count].clone()
-    stream.tail_first = stream.encoded.copy()
-
-
-def trim(stream: Stream) -> None:
-    """Give memory back where the tail is far larger than what is in it."""
-    live = max(0, int((stream.length - stream.encoded).max()))
-    if stream.tail.shape[2] > 4 * _room_for(live):
-        _move_tail(stream, _room_for(live))
-
-
-def _room_for(live: int) -> int:
-    """Return a capacity with a quarter free, so that each token is moved a few times at most."""
-    return live + max(_TAIL_MIN, live // 4, min(live, _SLIDE) + _TAIL_MIN // 4)
-
-
-def _slide_tail(stream: Stream) -> bool:
-    """Copy what is live to the front of the tail, unless that lies over itself; return whether."""
-    live, at = _live(stream)
-    if any(begin < count for count, begin in zip(live, at, strict=True)):
-        return False
-    if len({*zip(live, at, strict=True)}) == 1:  # rows alike: one copy
-        stream.tail[:, :, : live[0]] = stream.tail[:, :, at[0] : at[0] + live[0]]
-    else:
-        for row, (count, begin) in enumerate(zip(live, at, strict=True)):
-            stream.tail[row, :, :count] = stream.tail[row, :, begin : begin + count]
-    stream.tail_first = stream.encoded.copy()  # the old place was right until here
-    return True
-
-
-def _live(stream: Stream) -> tuple[list[int], list[int]]:
-    """Return how many slots of the tail of each row are in use, and from which on."""
-    live = np.maximum(stream.length - stream.encoded, 0)
-    return live.tolist(), (stream.encoded - stream.tail_first).tolist()
-
-
-def _move_tail(stream: Stream, capacity: int) -> None:
-    """Copy what is live to the front of a new tail."""
-    batch, heads, _, channels = stream.tail.shape
-    tail = stream.memory.zeros((batch, heads, capacity, channels))
-    for row, (live, at) in enumerate(zip(*_live(stream), strict=True)):
-        tail[row, :, :live] = stream.tail[row, :, at : at + live]
-    first = stream.encoded.copy()
-    stream.tail, stream.tail_first = tail, first
 
 
 def can_cut(stream: Stream, length: Ints) -> bool:

@@ -13,12 +13,10 @@ from ..ir.plan import AttentionPlan
 from .gpu_pages import PageReader
 from .gpu_sequences import Named
 from .gpu_text import LOG2_E, Kernel, across, as_f32, load
-from .gpu_tiles import Block, byte_of_word, groups_of, worth_of
+from .gpu_tiles import Block, byte_of_word, groups_of, worth_of, write_by_memory
 
 MOST_GAP = 120.0
 """Exponent of a tile's weights that float32 can undo; those of a larger one are as good as none."""
-
-
 LEAST_FACTOR = 1e-36
 """Queries that are smaller make no score that float32 could tell from zero."""
 
@@ -29,17 +27,14 @@ def entries_of(reader: PageReader) -> int:
 
 
 def write_places(kernel: Kernel, plan: AttentionPlan, v: tuple[Block, ...]) -> None:
-    """Bind <cell>_channel, the channels of each cell's rows, f16: as `Block.write_factors` does."""
+    """Bind <cell>_channel, the channels of each cell's rows, f16."""
     for reader, _, cells in groups_of(v):
         if not entries_of(reader):
             continue
         for cell in cells:
-            columns = f"tl.arange(0, {cell.block.wide})"
-            at = f"part_out + (bh * parts + split) * rows * {plan.v.channels} + {columns}"
-            kernel.line(f"tl.store({at}, ({cell.channels} - {reader.part.first}).to(tl.float32))")
-            kernel.line("tl.debug_barrier()")
-            kernel.line(f"{cell.name}_channel = tl.load({at}).to(tl.float16)")
-            kernel.line("tl.debug_barrier()")
+            places = f"({cell.channels} - {reader.part.first}).to(tl.float32)"
+            name, count = f"{cell.name}_channel", cell.block.wide
+            write_by_memory(kernel, plan, name, places, count, "float16")
 
 
 def write_entry_scores(kernel: Kernel, plan: AttentionPlan, k: tuple[Block, ...]) -> None:
@@ -66,10 +61,8 @@ def write_entry_weights(kernel: Kernel, plan: AttentionPlan, v: tuple[Block, ...
     if not any(entries_of(block.reader) for block in v):
         return
     kernel.note("weights of the entries, over the power of two of the tile's largest")
-    largest = "tl.max(score, axis=0)" + (
-        f" * {LOG2_E}" if plan.softcap is not None else " * factor"
-    )
-    kernel.line(f"gap = tl.minimum(most - tl.ceil({largest}), {MOST_GAP})")
+    factor = str(LOG2_E) if plan.softcap is not None else "factor"
+    kernel.line(f"gap = tl.minimum(most - tl.ceil(tl.max(score, axis=0) * {factor}), {MOST_GAP})")
     kernel.line("entry_w = (weight * tl.exp2(gap)[None, :]).to(tl.float16)")
     kernel.line("back = tl.exp2(-gap)")
 

@@ -247,7 +247,7 @@ def _write_channel_scores(
     """
     fmt = affine(reader)
     kernel.note("scales of channels, two neighbours in a word, go on the queries")
-    zeros: list[str] = []
+    beside = ""
     for block in dict.fromkeys(cell.block for cell in cells):
         for i in range(8 // block.bits):
             own = [cell for cell in block.cells if cell.plane == i]
@@ -260,28 +260,18 @@ def _write_channel_scores(
             for cell in own:
                 scale = down(f"{cell.name}_scale")
                 kernel.line(f"{cell.name}_y = {Times().name}({cell.name}_q, {scale})")
-                zeros.append(_zero_row(fmt, cell))
+                more = f", {beside}" if beside else ""
+                beside = f"tl.dot({_zero_row(fmt, cell)}, {cell.name}_y{more})"
     if fmt.zero == "float":
         kernel.line(f"zeros = {_zeros(reader, place)}")
         row = f"tl.broadcast_to(zeros[None, :], (16, {padded(reader.part.width, LEAST_DOT)}))"
-        kernel.line(f"beside = tl.dot({row}, {reader.name}_q) * {STEP!r}")
-    else:
-        text = ""
-        for cell, row in zip(_by_block(cells), zeros, strict=True):
-            more = f", {text}" if text else ""
-            text = f"tl.dot({row}, {cell.name}_y{more})"
-        kernel.line(f"beside = {text}")
+        beside = f"tl.dot({row}, {reader.name}_q) * {STEP!r}"
+    kernel.line(f"beside = {beside}")
     n = key_tokens(plan)
     kernel.line(f"beside = tl.reshape(beside, (1, 16, {rows}))")
     kernel.line(f"beside = tl.broadcast_to(beside, ({n // 16}, 16, {rows}))")
     kernel.line(f"beside = tl.reshape(beside, ({n}, {rows}))")
     kernel.line(f"part = {_dots(cells, 'y', 'beside')}")
-
-
-def _by_block(cells: tuple[Cell, ...]) -> list[Cell]:
-    """Return cells block by block, and plane by plane in each."""
-    blocks = dict.fromkeys(cell.block for cell in cells)
-    return [cell for b in blocks for cell in sorted(b.cells, key=lambda c: (c.plane, c.parity))]
 
 
 def _zero_row(fmt: Int, cell: Cell) -> str:

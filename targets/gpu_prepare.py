@@ -50,7 +50,7 @@ def prepare(plan: AttentionPlan, *, codes: bool) -> Kernel:
         worth = f"(step * {plan.scale!r}).to(tl.float32)"
         kernel.line(f"tl.store(query_step + bh * rows + row, {worth}, mask=here)")
     elif codes:
-        _write_halves(kernel, plan, place, mask)
+        _write_halves(kernel, plan, mask)
     kernel.line(f"tl.store(query + {place}, single, mask={mask})")
     return kernel
 
@@ -64,7 +64,7 @@ def declare_codes(kernel: Kernel, plan: AttentionPlan) -> None:
         kernel.array("query_halves", "float16")
 
 
-def _write_halves(kernel: Kernel, plan: AttentionPlan, place: str, mask: str) -> None:
+def _write_halves(kernel: Kernel, plan: AttentionPlan, mask: str) -> None:
     """Store the queries in float16, less the power of two over their largest.
 
     In `query_codes` they are lowered besides by the place of their channel's code in a byte, which
@@ -77,8 +77,9 @@ def _write_halves(kernel: Kernel, plan: AttentionPlan, place: str, mask: str) ->
     kernel.line("lower = ((127 - exponent) << 23).to(tl.float32, bitcast=True)")
     kernel.line("tl.store(query_step + bh * rows + row, worth, mask=here)")
     kernel.line("single_lowered = single * lower[:, None]")
-    target = f"tl.store(query_halves + {place}, single_lowered.to(tl.float16), mask={mask})"
-    kernel.line(target)
+    row = f"(bh * rows + row)[:, None] * {plan.k.channels}"
+    halves = "single_lowered.to(tl.float16)"
+    kernel.line(f"tl.store(query_halves + {row} + c[None, :], {halves}, mask={mask})")
     kernel.note("each channel's code lies in a place of its byte; even bytes come before odd ones")
     kernel.line("place = c * 0")
     kernel.line("target = c")
@@ -93,8 +94,7 @@ def _write_halves(kernel: Kernel, plan: AttentionPlan, place: str, mask: str) ->
             kernel.line(f"target = tl.where({inside}, {own}, target)")
     kernel.line("lift = ((127 - place) << 23).to(tl.float32, bitcast=True)")
     lowered = "(single_lowered * lift[None, :]).to(tl.float16)"
-    to = place.replace("c[None, :]", "target[None, :]")
-    kernel.line(f"tl.store(query_codes + {to}, {lowered}, mask={mask})")
+    kernel.line(f"tl.store(query_codes + {row} + target[None, :], {lowered}, mask={mask})")
 
 
 def write_rows(kernel: Kernel, plan: AttentionPlan) -> None:

@@ -144,20 +144,13 @@ class Block:
         columns = f"({columns} + {first})" if first else columns
         return self._load("high", 0, f"({columns} % {self.plane // 2 // size})", down=down)
 
-    def write_factors(self, kernel: Kernel, channels: int) -> None:
-        """Bind <block>_factor, what brings the third bit of each column above the low ones.
-
-        By way of this program's part of the results, rows of `channels`: where another operand
-        than a load meets codes, Triton does not unpack them in the order that matrix units take.
-        """
+    def write_factors(self, kernel: Kernel, plan: AttentionPlan) -> None:
+        """Bind <block>_factor, what brings the third bit of each column above the low ones."""
         size, kind = (2, "int16") if self.halves else (1, "int8")
         columns = f"tl.arange(0, {self.wide})"
         first = self.plane // 2 // size - self.first // size
-        at = f"part_out + (bh * parts + split) * rows * {channels} + {columns}"
-        kernel.line(f"tl.store({at}, tl.where({columns} < {first}, 4.0, 2.0))")
-        kernel.line("tl.debug_barrier()")
-        kernel.line(f"{self.name}_factor = tl.load({at}).to(tl.{kind})")
-        kernel.line("tl.debug_barrier()")
+        factors = f"tl.where({columns} < {first}, 4.0, 2.0)"
+        write_by_memory(kernel, plan, f"{self.name}_factor", factors, self.wide, kind)
 
     def _load(self, name: str, first: int, columns: str, *, down: bool) -> str:
         role, part = self.reader.role, self.reader.part
@@ -405,6 +398,21 @@ def write_block(kernel: Kernel, block: Block, *, down: bool) -> None:
         given += f", {block.name}_high, {factor}"
     names = ", ".join(cell.name for cell in block.cells)
     kernel.line(f"{names} = {block.unpacker.name}({given})")
+
+
+def write_by_memory(
+    kernel: Kernel, plan: AttentionPlan, name: str, values: str, count: int, kind: str
+) -> None:
+    """Bind a name to computed numbers, f32 [count], by way of this program's part of the results.
+
+    Where another operand than a load meets codes, Triton does not unpack them in the order that
+    matrix units take.
+    """
+    at = f"part_out + (bh * parts + split) * rows * {plan.v.channels} + tl.arange(0, {count})"
+    kernel.line(f"tl.store({at}, {values})")
+    kernel.line("tl.debug_barrier()")
+    kernel.line(f"{name} = tl.load({at}).to(tl.{kind})")
+    kernel.line("tl.debug_barrier()")
 
 
 def affine(reader: PageReader) -> Int:

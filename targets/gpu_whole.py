@@ -92,7 +92,7 @@ def _write_split(
     write_queries(kernel, plan, k)
     for block in (*k, *v):
         if isinstance(block.unpacker, Triples):
-            block.write_factors(kernel, plan.v.channels)
+            block.write_factors(kernel, plan)
     write_entry_factor(kernel, plan, k)
     write_places(kernel, plan, v)
     kernel.note("sums: the largest score in powers of two, the denominator, the outputs")

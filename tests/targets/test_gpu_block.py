@@ -1,7 +1,6 @@
 """Several queries a row: tokens as plain numbers, and products of float16 with many rows."""
 
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -13,14 +12,12 @@ from kvant.ir.plan import AttentionPlan
 from kvant.runtime import launch_block
 from kvant.runtime.cache import Cache
 from kvant.runtime.launch_block import split_tokens
-from kvant.runtime.launch_gpu import Kernels
 from kvant.targets.gpu import emit, launch_facts
 from kvant.targets.gpu_block import pieces_of
 from kvant.targets.machines import GPUS
 
-from ..runtime.cache_oracle import Oracle
-from ..runtime.cache_runner import Case, Seen, new_pair, random_kv, run_case, run_step
-from . import gpu_interpreter
+from ..runtime.cache_runner import Case, Seen, random_kv, run_case
+from . import gpu_interpreter, gpu_scripts
 from .cpu_cases import BOTH, constants_of, int_format, plan_of
 from .gpu_interpreter import Interpreter, interpreted
 
@@ -55,26 +52,8 @@ def test_queries_within_p7(plan: AttentionPlan) -> None:
     assert seen.poisoned == 2
 
 
-@lru_cache
-def filled(plan: AttentionPlan) -> tuple[Cache, list[Oracle], Kernels]:
-    """A cache after the appends of STEPS, its oracle and its kernels: one for all wrong kernels."""
-    made: list[Kernels] = []
-
-    def factory(*arguments: Any) -> Kernels:
-        made.append(interpreted(*arguments))
-        return made[0]
-
-    cache, oracles = new_pair(factory, case_of(plan))
-    for step in STEPS:
-        run_step(cache, oracles, step, np.random.default_rng(3), exact=False)
-    return cache, oracles, made[0]
-
-
 def attend_with(plan: AttentionPlan, change: tuple[str, str], queries: int) -> None:
-    cache, oracles, kernels = filled(plan)
-    kernels._launcher.modules["p0"] = gpu_interpreter.module_of(plan, change)
-    seen, rng = Seen(garbage=()), np.random.default_rng(4)
-    run_step(cache, oracles, ("attend", queries), rng, exact=False, seen=seen)
+    gpu_scripts.attend_with(plan, (*STEPS, ("attend", queries)), change)
 
 
 WRONG = [
@@ -135,7 +114,7 @@ def test_scratch_changes_no_bit(plan: AttentionPlan, monkeypatch: pytest.MonkeyP
     """Splits that are unpacked one after another give what they give together."""
     for name in ("LEAST_SPLIT", "MOST_SPLIT"):
         monkeypatch.setattr(launch_block, name, 64)
-    cache, _, kernels = filled(plan)
+    cache, _, kernels = gpu_scripts.filled(plan, STEPS)
     kernels._launcher.modules["p0"] = gpu_interpreter.module_of(plan)
     q = np.random.default_rng(6).normal(size=(1, plan.q_heads, 20, 64)).astype(np.float32)
     launched, launch = [], Interpreter.launch

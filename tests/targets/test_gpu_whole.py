@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,15 +13,13 @@ from kvant.ir.encodings import Bfp, Lut, Raw, Sparse
 from kvant.ir.encodings.lut import LLOYD, NF4
 from kvant.ir.plan import AttentionPlan
 from kvant.runtime.cache import Cache
-from kvant.runtime.launch_gpu import Kernels
 from kvant.runtime.launch_reference import whole_tiles_of
 from kvant.targets import gpu
 from kvant.targets.gpu import emit, launch_facts
 from kvant.targets.gpu_tiles import kinds, why_floats
 
-from ..runtime.cache_oracle import Oracle
-from ..runtime.cache_runner import Case, Seen, new_pair, random_kv, run_case, run_step
-from . import gpu_interpreter
+from ..runtime.cache_runner import Case, Seen, random_kv, run_case
+from . import gpu_interpreter, gpu_scripts
 from .cpu_cases import BOTH, constants_of, int_format, plan_of
 from .gpu_interpreter import Interpreter, interpreted
 from .gpu_tile_plans import SINKS, TILED
@@ -254,27 +252,9 @@ def test_powers_of_two_of_values_change_nothing(name: str, power: int) -> None:
         assert not np.allclose(wrong, want[0], rtol=0.1)
 
 
-@lru_cache
-def filled(plan: AttentionPlan) -> tuple[Cache, list[Oracle], Kernels]:
-    """A cache after the appends of SHORT, its oracle and its kernels: one for all wrong kernels."""
-    made: list[Kernels] = []
-
-    def factory(*arguments: Any) -> Kernels:
-        made.append(interpreted(*arguments))
-        return made[0]
-
-    cache, oracles = new_pair(factory, case_of(plan))
-    for step in SHORT[:-1]:
-        run_step(cache, oracles, step, np.random.default_rng(3), exact=False)
-    return cache, oracles, made[0]
-
-
 def attend_with(plan: AttentionPlan, change: tuple[str, str]) -> None:
     """Attend with kernels that are changed, and hold the output to P7."""
-    cache, oracles, kernels = filled(plan)
-    kernels._launcher.modules["p0"] = gpu_interpreter.module_of(plan, change)
-    seen, rng = Seen(garbage=()), np.random.default_rng(4)
-    run_step(cache, oracles, SHORT[-1], rng, exact=False, seen=seen)
+    gpu_scripts.attend_with(plan, SHORT, change)
 
 
 def assert_caught(plan: AttentionPlan, old: str, new: str) -> None:
