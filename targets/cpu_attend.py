@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from math import gcd
@@ -161,7 +162,9 @@ def _key_pages(
         for reader in readers:
             score_scratch(kernel, reader, group, heads)
         return write_page_scores, None
-    keys = {reader: key_dots(reader, group, heads, cpu) for reader in readers}
+    dots = [key_dots(reader, group, heads, cpu) for reader in readers]
+    all_first = any(own.heads > 1 and own.reader.per_channel for own in dots)
+    keys = {own.reader: replace(own, early=all_first) for own in dots}
     for own in keys.values():
         score_scratch_int(kernel, own)
 
@@ -173,7 +176,6 @@ def _key_pages(
         if reader.per_channel and keys[reader].heads > 1:
             write_page_queries_int(kernel, keys[reader], rows)
 
-    all_first = any(own.heads > 1 and own.reader.per_channel for own in keys.values())
     return write_scores, write_queries if all_first else None
 
 
@@ -188,7 +190,9 @@ def _value_pages(
         value_scratch(kernel, readers, plan.group)
         return write_page_values, None, lambda: None
     heads = item_heads(plan)
-    values = {reader: value_dots(reader, plan.group, heads, cpu) for reader in readers}
+    dots = [value_dots(reader, plan.group, heads, cpu) for reader in readers]
+    all_first = any(own.heads > 1 for own in dots)
+    values = {own.reader: replace(own, early=all_first) for own in dots}
     for own in values.values():
         value_scratch_int(kernel, own, heads)
 
@@ -204,7 +208,6 @@ def _value_pages(
         for own in values.values():
             write_value_zeros(kernel, own)
 
-    all_first = any(own.heads > 1 for own in values.values())
     return write_values, write_weights if all_first else None, write_end
 
 

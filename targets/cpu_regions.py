@@ -26,6 +26,8 @@ LINE = 64
 # How many bytes before they are read, lines are asked for: memory takes some hundred cycles, in
 # which a kernel reads about so much.
 AHEAD = 8192
+# Bytes that are asked for at once: a longer burst fills the queue of misses, and codes wait.
+MOST_BURST = 256
 
 # What it writes is done for each head of the item.
 EachHead = Callable[[], AbstractContextManager[None]]
@@ -119,13 +121,16 @@ def _write_page(
         with each_head():
             open_page(kernel, readers, f"{role}_page")
             # It reads the parameters of all heads, so they come a page before.
-            _write_parameter_asks(kernel, readers, f"{role}_block + {role}_next")
+            for reader in readers:
+                _write_parameter_asks(kernel, reader, f"{role}_block + {role}_next")
             before()
     with each_head():
         open_page(kernel, readers, f"{role}_page")
         _write_ahead(kernel, readers)
         if before is None:
-            _write_parameter_asks(kernel, readers, f"{role}_ask")
+            for reader in readers:
+                if len(parameter_bytes(reader)) <= MOST_BURST:
+                    _write_parameter_asks(kernel, reader, f"{role}_ask")
         page()
 
 
@@ -145,13 +150,10 @@ def _write_ahead(kernel: Kernel, readers: Readers) -> None:
     kernel.let(f"{role}_ask", f"{role}_block + T.Select(h + far < h1, far * {size}, {onward})")
 
 
-def _write_parameter_asks(kernel: Kernel, readers: Readers, block: str) -> None:
-    """Ask for the parameters of a block, which lie behind the codes of each part."""
-    size = readers[0].layout.head_bytes
-    ends = [code_bytes(reader).start for reader in readers[1:]] + [size]
-    for reader, end in zip(readers, ends, strict=True):
-        begin = code_bytes(reader).stop
-        write_asks(kernel, reader, f"{block} + {begin}", end - begin)
+def _write_parameter_asks(kernel: Kernel, reader: PageReader, block: str) -> None:
+    """Ask for the parameters of a part in a block."""
+    params = parameter_bytes(reader)
+    write_asks(kernel, reader, f"{block} + {params.start}", len(params))
 
 
 def _blocks_ahead(size: int) -> int:
@@ -171,6 +173,13 @@ def code_bytes(reader: PageReader) -> range:
     return range(first, min(field.offset for field in fields if field.name not in CODES))
 
 
+def parameter_bytes(reader: PageReader) -> range:
+    """Return where the parameters of a part lie in a head's block: up to the next part."""
+    layout, begin = reader.layout, code_bytes(reader).stop
+    parts = [field.offset for part in layout.parts for field in part.fields[:1]]
+    return range(begin, min((first for first in parts if first >= begin), default=layout.head_bytes))
+
+
 def write_asks(kernel: Kernel, reader: PageReader, place: str, size: int) -> None:
     """Ask for the lines of `size` bytes from a place in the pages on."""
     for line in range(0, size, LINE):
@@ -179,17 +188,21 @@ def write_asks(kernel: Kernel, reader: PageReader, place: str, size: int) -> Non
 
 @dataclass(frozen=True, slots=True)
 class Asks:
-    """How loops that read the codes of a block ask for those of another, line after line.
+    """How loops that read the codes of a block ask for another block, line after line.
+
+    Many parameters are asked for between codes, few at once, when the block begins.
 
     Attributes:
         reader: of the codes.
         tiles: of a block, one after another.
         steps: of a tile.
+        parameters: whether nothing asks for parameters before.
     """
 
     reader: PageReader
     tiles: int
     steps: int
+    parameters: bool
 
     @property
     def size(self) -> int:
@@ -201,7 +214,12 @@ class Asks:
         return f"{self.reader.role}_ask + {code_bytes(self.reader).start}"
 
     def write_tile(self, kernel: Kernel, tile: str) -> None:
-        """Ask at the beginning of a tile, where its steps are less than lines."""
+        """Ask at the beginning of a tile: for many parameters, and for codes less than lines a step."""
+        params = parameter_bytes(self.reader)
+        if self.parameters and len(params) > MOST_BURST:
+            size = -(-len(params) // self.tiles)
+            place = f"{self.reader.role}_ask + {params.start} + {tile} * {size}"
+            write_asks(kernel, self.reader, place, size)
         if self.size % LINE:
             size = self.size * self.steps
             write_asks(kernel, self.reader, f"{self._begin} + {tile} * {size}", size)

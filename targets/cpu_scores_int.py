@@ -39,12 +39,14 @@ class KeyDots:
         rows: query rows of a head.
         heads: with scales of channels, those of an item if the integers of all of them are made
             before the first product of a page, and 1 if they take turns.
+        early: whether parameters are asked for before the first product of a page.
     """
 
     reader: PageReader
     dots: Dots
     rows: int
     heads: int
+    early: bool = False
 
     @property
     def integers(self) -> str:
@@ -192,7 +194,8 @@ def _logits(rows: Rows, r: int, j: int, lanes: int) -> str:
 def _write_dots(kernel: Kernel, keys: KeyDots, rows: Rows, group: int, side: int) -> None:
     """Write acc[r * side + j], the dots of row r with the tokens t + j lanes on, over a group."""
     reader, size = keys.reader, side * keys.dots.lanes
-    asks = Asks(reader, reader.layout.tokens // size, reader.plane // QUAD)
+    tiles, steps = reader.layout.tokens // size, reader.plane // QUAD
+    asks = Asks(reader, tiles, steps, not keys.early)
     tile = f"T.truncdiv(t, T.int64({size}))"
     keys.dots.write_zeros(kernel, rows.count * side)
     if group == 0 and rows.first == "0":

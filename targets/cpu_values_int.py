@@ -93,7 +93,7 @@ def _write_tile(
     for i, j in product(planes, range(side)):
         kernel.let(f"group{i}_{j}", _group(values, i, j, side))
     tiles = reader.plane // dots.lanes // side
-    asks = Asks(reader, tiles * values.blocks, BLOCK // QUAD)
+    asks = Asks(reader, tiles * values.blocks, BLOCK // QUAD, not values.early)
     first_time = 0 in planes and rows.first == "0"
     if first_time:
         asks.write_tile(kernel, tile)

@@ -48,6 +48,7 @@ class ValueDots:
         rows: query rows of a head.
         heads: those of an item if weights of all of them are rounded before the first product of a
             page, and 1 if they take turns.
+        early: whether parameters are asked for before the first product of a page.
     """
 
     reader: PageReader
@@ -55,6 +56,7 @@ class ValueDots:
     lanes: int
     rows: int
     heads: int
+    early: bool = False
 
     @property
     def integers(self) -> str:
