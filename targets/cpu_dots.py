@@ -68,6 +68,7 @@ class Dots:
         lanes: of 32 bits; at most those of a register.
         table: what is multiplied in place of each code, or None.
         signed: whether integers may be negative.
+        shared: vectors of codes at once that are multiplied with the same word.
     """
 
     cpu: Cpu
@@ -75,6 +76,7 @@ class Dots:
     lanes: int
     table: tuple[int, ...] | None = None
     signed: bool = True
+    shared: int = 1
 
     @property
     def wide_codes(self) -> bool:
@@ -103,8 +105,9 @@ class Dots:
 
     @property
     def laid_out(self) -> bool:
-        """Whether words are laid out in all lanes beforehand."""
-        return self.cpu.dots not in NEON and (self.cpu.dots, self.cpu.vector) != ("vnni", 64)
+        """Whether words are laid out in all lanes beforehand: if each is an operand but once."""
+        by_memory = self.cpu.dots in NEON or (self.cpu.dots, self.cpu.vector) == ("vnni", 64)
+        return not by_memory and self.shared == 1
 
     def bytes_of(self, quads: int) -> int:
         """Return the bytes in which the integers of so many quads are read."""

@@ -74,6 +74,15 @@ class KeyDots:
         row = rows.of_item(str(r)) if self.heads > 1 else f"{rows.first} + {r}"
         return f"(g * {self.rows * self.heads} + {row})"
 
+    def side(self, rows: int) -> int:
+        """Return the vectors of tokens that are multiplied together with each word of a query."""
+        reader, dots = self.reader, self.dots
+        tokens = reader.format.group_tokens if reader.per_channel else reader.layout.tokens
+        most = max(dots.most_sums, rows)
+        return next(
+            s for s in (4, 2, 1) if s * rows <= most and tokens % (s * dots.lanes) == 0
+        )
+
     def segments(self, group: int) -> list[tuple[tuple[int, ...], int, int]]:
         """Return (planes, begin, end) of the quads of a group of channels, in quads of a plane."""
         reader = self.reader
@@ -91,9 +100,10 @@ def key_dots(reader: PageReader, rows: int, heads: int, cpu: Cpu) -> KeyDots:
     """Return what the scores of a stream of keys need, for items of at most so many heads."""
     dots = dots_of(reader.coded(), cpu, lanes_of(cpu), signed=True)
     keys = KeyDots(reader, dots, rows, heads)
+    keys = replace(keys, dots=replace(dots, shared=keys.side(rows)))
     if not reader.per_channel:
         return keys
-    size = dots.bytes_of(keys.rounded_rows * keys.quads)
+    size = keys.dots.bytes_of(keys.rounded_rows * keys.quads)
     return keys if size <= MOST_AT_ONCE else replace(keys, heads=1)
 
 
@@ -132,11 +142,7 @@ def write_page_scores_int(kernel: Kernel, keys: KeyDots, rows: Rows) -> None:
     """Write the scores of the present page for a block of rows."""
     reader, lanes = keys.reader, keys.dots.lanes
     tokens = reader.format.group_tokens if reader.per_channel else reader.layout.tokens
-    side = next(
-        s
-        for s in (4, 2, 1)
-        if s * rows.count <= max(keys.dots.most_sums, rows.count) and tokens % (s * lanes) == 0
-    )
+    side = keys.side(rows.count)
     if not reader.per_channel:
         with kernel.block(f"for v in T.serial({_steps('k_t1', side * lanes)})"):
             kernel.let("t", f"v * {side * lanes}")

@@ -127,6 +127,8 @@ def value_dots(reader: PageReader, rows: int, heads: int, cpu: Cpu) -> ValueDots
     lanes = value_lanes(reader.coded(), reader.width, cpu)
     dots = dots_of(reader.coded(), cpu, lanes, signed=False)
     values = ValueDots(reader, dots, lanes_of(cpu), rows, heads)
+    dots = replace(dots, shared=values.side(rows))
+    values = replace(values, dots=dots)
     size = dots.bytes_of(values.integers_at_once // QUAD)
     return values if size <= MOST_AT_ONCE else replace(values, heads=1)
 
