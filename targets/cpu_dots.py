@@ -174,10 +174,22 @@ class Dots:
             target = at(f"{buffer}_laid_out", f"word * {self.lanes}", self.lanes)
             kernel.line(f"{target} = {splat(self._word(buffer, 'word'), self.lanes)}")
 
-    def store(self, kernel: Kernel, buffer: str, place: str, value: str, lanes: int) -> None:
-        """Store whole numbers, f32, as integers of a buffer."""
-        whole = cast(self.integers, cast("int32", value, lanes), lanes)
-        self.store_integers(kernel, buffer, place, whole, lanes)
+    def stored_at_once(self, count: int) -> int:
+        """Return how many of `count` vectors of whole numbers are stored at once.
+
+        Integers of several make one register; AVX-512 narrows each vector in one instruction.
+        """
+        return 1 if self.cpu.vector == 64 else gcd(count, 4 // (1 + self.wide_codes))
+
+    def store(
+        self, kernel: Kernel, buffer: str, place: str, vectors: list[str], lanes: int
+    ) -> None:
+        """Store vectors of whole numbers, f32, as integers of a buffer, one after another."""
+        size = lanes * len(vectors)
+        value = f"T.Shuffle({vectors}, {list(range(size))})".replace("'", "")
+        value = value if len(vectors) > 1 else vectors[0]
+        whole = cast(self.integers, cast("int32", value, size), size)
+        self.store_integers(kernel, buffer, place, whole, size)
 
     def store_integers(
         self, kernel: Kernel, buffer: str, place: str, value: str, lanes: int

@@ -175,9 +175,9 @@ def code_bytes(reader: PageReader) -> range:
 
 def parameter_bytes(reader: PageReader) -> range:
     """Return where the parameters of a part lie in a head's block: up to the next part."""
-    layout, begin = reader.layout, code_bytes(reader).stop
-    parts = [field.offset for part in layout.parts for field in part.fields[:1]]
-    return range(begin, min((first for first in parts if first >= begin), default=layout.head_bytes))
+    begin, end = code_bytes(reader).stop, reader.layout.head_bytes
+    parts = [field.offset for part in reader.layout.parts for field in part.fields[:1]]
+    return range(begin, min((first for first in parts if first >= begin), default=end))
 
 
 def write_asks(kernel: Kernel, reader: PageReader, place: str, size: int) -> None:
@@ -214,7 +214,7 @@ class Asks:
         return f"{self.reader.role}_ask + {code_bytes(self.reader).start}"
 
     def write_tile(self, kernel: Kernel, tile: str) -> None:
-        """Ask at the beginning of a tile: for many parameters, and for codes less than lines a step."""
+        """Ask at the beginning of a tile: for many parameters, for codes unless steps are lines."""
         params = parameter_bytes(self.reader)
         if self.parameters and len(params) > MOST_BURST:
             size = -(-len(params) // self.tiles)

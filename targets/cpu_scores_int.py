@@ -79,9 +79,7 @@ class KeyDots:
         reader, dots = self.reader, self.dots
         tokens = reader.format.group_tokens if reader.per_channel else reader.layout.tokens
         most = max(dots.most_sums, rows)
-        return next(
-            s for s in (4, 2, 1) if s * rows <= most and tokens % (s * dots.lanes) == 0
-        )
+        return next(s for s in (4, 2, 1) if s * rows <= most and tokens % (s * dots.lanes) == 0)
 
     def segments(self, group: int) -> list[tuple[tuple[int, ...], int, int]]:
         """Return (planes, begin, end) of the quads of a group of channels, in quads of a plane."""
@@ -310,16 +308,9 @@ def _write_rounding(kernel: Kernel, keys: KeyDots, rows: Rows) -> None:
             kernel.line(f"{most} = T.max({most}, {pure('llvm.fabs', 'float32', lanes, u)})")
     for first, count in row_blocks(rows.count):
         _write_steps(kernel, keys, rows, lanes, first, count)
-    with kernel.block(f"for j in T.unroll({width // lanes})"):
-        kernel.let("scale", reader.scale("g", f"j * {lanes}", lanes))
-        kernel.let("ratio", reader.zero_by_scale("g", f"j * {lanes}", lanes, "scale"))
-        for r in range(rows.count):
-            u = at(own("q_scaled"), f"{r * width} + j * {lanes}", lanes)
-            n = kernel.fresh("n", rint(f"{u} * {splat(f'inverse[{r}]', lanes)}", lanes))
-            total = at("total", str(r * lanes), lanes)
-            kernel.line(f"{total} = {fma(n, 'ratio', total)}")
-            place = f"{keys.row(rows, r)} * {width} + j * {lanes}"
-            keys.dots.store(kernel, keys.integers, place, n, lanes)
+    count = keys.dots.stored_at_once(width // lanes)
+    with kernel.block(f"for j in T.unroll({width // lanes // count})"):
+        _write_integers(kernel, keys, rows, lanes, count)
     for first, count in row_blocks(rows.count):
         totals = [at("total", str((first + i) * lanes), lanes) for i in range(count)]
         fold_rows(kernel, totals, lanes, "({} + {})", "largest", first)
@@ -327,6 +318,29 @@ def _write_rounding(kernel: Kernel, keys: KeyDots, rows: Rows) -> None:
         kernel.line(f"{at(own('q_zeros'), keys.row(rows, first), count)} = {total} * {step}")
     place = f"{keys.row(rows, 0)} * {keys.quads}"
     keys.dots.write_layout(kernel, keys.integers, place, f"T.int64({rows.count * keys.quads})")
+
+
+def _write_integers(kernel: Kernel, keys: KeyDots, rows: Rows, lanes: int, count: int) -> None:
+    """Write the integers of each row in `count` vectors of channels from j count lanes on.
+
+    They are summed times zero points to `total`, by lanes.
+    """
+    reader, width, own = keys.reader, keys.reader.width, keys.reader.own
+    channels = [f"j * {count * lanes} + {i * lanes}" for i in range(count)]
+    ratios = []
+    for channel in channels:
+        scale = kernel.fresh("scale", reader.scale("g", channel, lanes))
+        ratio = reader.zero_by_scale("g", channel, lanes, scale)
+        ratios.append(kernel.fresh("ratio", ratio))
+    for r in range(rows.count):
+        total, numbers = at("total", str(r * lanes), lanes), []
+        for channel, ratio in zip(channels, ratios, strict=True):
+            u = at(own("q_scaled"), f"{r * width} + {channel}", lanes)
+            n = kernel.fresh("n", rint(f"{u} * {splat(f'inverse[{r}]', lanes)}", lanes))
+            kernel.line(f"{total} = {fma(n, ratio, total)}")
+            numbers.append(n)
+        place = f"{keys.row(rows, r)} * {width} + j * {count * lanes}"
+        keys.dots.store(kernel, keys.integers, place, numbers, lanes)
 
 
 def _write_steps(

@@ -234,44 +234,55 @@ def _write_weights(
 ) -> None:
     """Write vector i of the block of weights to `w`, and the largest by lanes to `most`."""
     lanes, reader = values.lanes, values.reader
-    _write_place(kernel, lanes, whole=whole)
+    t, place = _place(kernel, f"i * {lanes}", lanes, whole=whole)
     if not reader.per_channel:
-        kernel.let("scale", reader.scale("t", "group", lanes))
+        kernel.let("scale", reader.scale(t, "group", lanes))
     for r in range(rows.count):
-        p = at("logits", rows.logit(str(r), "v_pos + t"), lanes)
+        p = at("logits", rows.logit(str(r), f"v_pos + {t}"), lanes)
         weight = p if reader.per_channel else f"({p} * scale)"
-        wanted = kernel.fresh("weight", _inside(weight, number(0.0, lanes), whole=whole))
+        wanted = kernel.fresh("weight", _inside(weight, number(0.0, lanes), place))
         kernel.line(f"{at('w', f'{r * BLOCK} + i * {lanes}', lanes)} = {wanted}")
         largest = at("most", str(r * lanes), lanes)
         kernel.line(f"{largest} = {wanted if first else f'T.max({largest}, {wanted})'}")
 
 
-def _write_place(kernel: Kernel, lanes: int, *, whole: bool) -> None:
-    """Bind t, the first token of vector i of the block, and where masks need it, all of them."""
-    kernel.let("t", f"block * {BLOCK} + i * {lanes}")
-    if not whole:
-        kernel.let("place", f'T.ramp(T.Cast("int32", t), 1, {lanes})')
+def _place(kernel: Kernel, first: str, lanes: int, *, whole: bool) -> tuple[str, str | None]:
+    """Bind token `first` of the block, and where masks need it, all of a vector; return both."""
+    t = kernel.fresh("t", f"block * {BLOCK} + {first}")
+    if whole:
+        return t, None
+    return t, kernel.fresh("place", f'T.ramp(T.Cast("int32", {t}), 1, {lanes})')
 
 
 def _write_integers(kernel: Kernel, values: ValueDots, rows: Rows, *, whole: bool) -> None:
     """Round the block of weights `w`; sum it times zero points to `total`, by lanes."""
-    lanes, reader = values.lanes, values.reader
+    lanes = values.lanes
     for r in range(rows.count):
         kernel.line(f"{at('total', str(r * lanes), lanes)} = {number(0.0, lanes)}")
-    with kernel.block(f"for i in T.unroll({BLOCK // lanes})"):
-        _write_place(kernel, lanes, whole=whole)
-        ratio = number(1.0, lanes)
-        if not reader.per_channel:
-            kernel.let("scale", reader.scale("t", "group", lanes))
-            ratio = reader.zero_by_scale("t", "group", lanes, "scale")
-        kernel.let("zero", _inside(ratio, number(0.0, lanes), whole=whole))
+    count = values.dots.stored_at_once(BLOCK // lanes)
+    with kernel.block(f"for part in T.unroll({BLOCK // lanes // count})"):
+        vectors = [f"part * {count * lanes} + {i * lanes}" for i in range(count)]
+        zeros = [_zero(kernel, values, first, whole=whole) for first in vectors]
         for r in range(rows.count):
-            weight = at("w", f"{r * BLOCK} + i * {lanes}", lanes)
-            n = kernel.fresh("n", rint(f"{weight} * {splat(f'inverse[{r}]', lanes)}", lanes))
-            total = at("total", str(r * lanes), lanes)
-            kernel.line(f"{total} = {fma(n, 'zero', total)}")
-            place = f"{first_integer(values, rows, r, 'group')} + i * {lanes}"
-            values.dots.store(kernel, values.integers, place, n, lanes)
+            total, numbers = at("total", str(r * lanes), lanes), []
+            for first, zero in zip(vectors, zeros, strict=True):
+                weight = at("w", f"{r * BLOCK} + {first}", lanes)
+                n = kernel.fresh("n", rint(f"{weight} * {splat(f'inverse[{r}]', lanes)}", lanes))
+                kernel.line(f"{total} = {fma(n, zero, total)}")
+                numbers.append(n)
+            target = f"{first_integer(values, rows, r, 'group')} + part * {count * lanes}"
+            values.dots.store(kernel, values.integers, target, numbers, lanes)
+
+
+def _zero(kernel: Kernel, values: ValueDots, first: str, *, whole: bool) -> str:
+    """Bind what sums of weights count of a vector of tokens: zero points in codes, or ones."""
+    lanes, reader = values.lanes, values.reader
+    t, place = _place(kernel, first, lanes, whole=whole)
+    ratio = number(1.0, lanes)
+    if not reader.per_channel:
+        scale = kernel.fresh("scale", reader.scale(t, "group", lanes))
+        ratio = reader.zero_by_scale(t, "group", lanes, scale)
+    return kernel.fresh("zero", _inside(ratio, number(0.0, lanes), place))
 
 
 def _write_zero_sums(kernel: Kernel, values: ValueDots, rows: Rows) -> None:
@@ -291,11 +302,11 @@ def _write_zero_sums(kernel: Kernel, values: ValueDots, rows: Rows) -> None:
         kernel.line(f"{zeros} = {fma(total, splat(f'step[{r}]', lanes), zeros)}")
 
 
-def _inside(value: str, other: str, *, whole: bool) -> str:
-    """Return value in the lanes of wanted tokens, other elsewhere."""
-    if whole:
+def _inside(value: str, other: str, place: str | None) -> str:
+    """Return value in the lanes of wanted tokens, other elsewhere; without places in all."""
+    if place is None:
         return value
-    return f"T.Select(place >= place0, T.Select(place < place1, {value}, {other}), {other})"
+    return f"T.Select({place} >= place0, T.Select({place} < place1, {value}, {other}), {other})"
 
 
 def step_of(values: ValueDots, rows: Rows, r: int, group: str, i: int) -> str:
