@@ -359,7 +359,7 @@ def test_a_slow_16_bit_kernel_makes_no_goal_reached() -> None:
 
 
 def test_limits_name_what_misses_them() -> None:
-    good = row_of("fp16")
+    good = row_of("int4-token")
     for text in ("spills in", "global loads of 1", "blocks of attend", "seconds of"):
         assert goal(text, [good]).endswith("| reached |")
     loop = {"kinds": {}, "spills": 3, "scalar_loads": 5}
@@ -371,6 +371,12 @@ def test_limits_name_what_misses_them() -> None:
     assert goal("blocks of attend", [good, bad]).endswith(f"| 1 | {where} | **missed**: 1 of 2 |")
     assert goal("seconds of", [good, bad]).endswith(f"| 11.0 | {where} | **missed**: 1 of 2 |")
     assert goal("shared memory", [good, bad]).endswith("| **missed**: 1 of 2 |")
+    base = bad | {"recipe": "fp16"}
+    assert goal("spills in", [good, base]).endswith("| reached |")
+    assert goal("the same of `fp16`", [good, base]).endswith(
+        "| 11.0 | `fp16` 32x8x128 sm_90, attend |  |"
+    )
+    assert "the same of" not in gpu_static_render.page({"triton": "3", "rows": [good, bad]})
 
 
 def test_refused_rows_are_shown_and_counted() -> None:
