@@ -10,8 +10,9 @@
 
 A quad of integers is one 32-bit word in every lane (of 16 bits: two words, of the even and of the
 odd ones, or of the low and of the high bytes). Where the instruction takes a word from memory for
-all lanes it is read as it is; elsewhere it is laid out in all lanes beforehand, so that it is an
-operand in memory there too.
+all lanes it is read as it is. Elsewhere several vectors of codes share one that is put in all lanes
+of a register; if there is but one vector, words are laid out in all lanes beforehand, so that they
+are operands in memory there too.
 """
 
 from __future__ import annotations
