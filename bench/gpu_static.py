@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import gpu_static_render as page
+import gpu_static_rows
 from gpu_fp16 import fp16_attend
 
 from kvant.compiler import recipe as recipes
@@ -55,7 +56,7 @@ Budgets = dict[str, dict[str, dict[str, float]]]
 """Of each recipe and kind of GPU: what may only fall."""
 
 
-FORMS = {page.BASE: "rows", page.TOKENS: "tokens"}
+FORMS = {gpu_static_rows.BASE: "rows", gpu_static_rows.TOKENS: "tokens"}
 
 
 def _stream(bits: int, axis: str, group: int | str) -> dict[str, Any]:
@@ -65,8 +66,8 @@ def _stream(bits: int, axis: str, group: int | str) -> dict[str, Any]:
 # What has a goal and no recipe: the 16-bit kernel that all are compared with, in two forms
 # (`gpu_fp16.py`), three bits, and scales of channels for 64 tokens.
 OWN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    page.BASE: ({"format": "f16"}, {"format": "f16"}),
-    page.TOKENS: ({"format": "f16"}, {"format": "f16"}),
+    gpu_static_rows.BASE: ({"format": "f16"}, {"format": "f16"}),
+    gpu_static_rows.TOKENS: ({"format": "f16"}, {"format": "f16"}),
     "int3-token": (_stream(3, "token", "head"), _stream(3, "token", "head")),
     "int4-channel64": (_stream(4, "channel", 64), _stream(4, "token", "head")),
     "int2-channel64": (_stream(2, "channel", 64), _stream(2, "token", "head")),
@@ -94,14 +95,14 @@ def plan_of(name: str, shape: str) -> AttentionPlan:
 def cases() -> Iterator[tuple[str, str, str]]:
     """Yield (recipe, shape, kind of GPU) of every row."""
     for name in names():
-        yield from ((name, page.MAIN, kind) for kind in KINDS)
+        yield from ((name, gpu_static_rows.MAIN, kind) for kind in KINDS)
     for shape in OTHER_SHAPES:
         yield from ((name, shape, kind) for name in FEW for kind in FEW_KINDS)
 
 
 def kernels_for(shape: str, kind: str) -> tuple[str, ...]:
     """Return the kernels of a row."""
-    return tuple(GPU_KERNELS) if shape == page.MAIN and kind in ALL_KERNELS else ATTEND
+    return tuple(GPU_KERNELS) if shape == gpu_static_rows.MAIN and kind in ALL_KERNELS else ATTEND
 
 
 def measure(name: str, shape: str, kind: str, only: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -201,7 +202,7 @@ def _loops(plan: AttentionPlan, text: str, kernel: Compiled, gpu: Gpu) -> dict[s
 
 def predicted(row: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the predicted time of each cell of the grid, for the main shape."""
-    if "refused" in row or row["shape"] != page.MAIN:
+    if "refused" in row or row["shape"] != gpu_static_rows.MAIN:
         return []
     plan, device = plan_of(row["recipe"], row["shape"]), DEVICES[row["gpu"]]
     found = []
@@ -301,7 +302,7 @@ def lower(rows: list[dict[str, Any]], budgets: Budgets) -> list[str]:
     """Lower the budgets to the counts of the main shape; return what rose and was not taken."""
     risen = []
     for row in rows:
-        if row["shape"] != page.MAIN or "refused" in row:
+        if row["shape"] != gpu_static_rows.MAIN or "refused" in row:
             continue
         before = budgets.setdefault(row["recipe"], {}).setdefault(row["gpu"], held(row))
         for name, count in held(row).items():
@@ -325,7 +326,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", metavar="RECIPE", choices=names(), help="print rows of it alone")
     parser.add_argument("--gpu", choices=KINDS, help="with --only: this kind of GPU")
-    parser.add_argument("--shape", default=page.MAIN, help="with --only")
+    parser.add_argument("--shape", default=gpu_static_rows.MAIN, help="with --only")
     parser.add_argument("--jobs", type=int, default=2, help="processes that compile")
     parser.add_argument("--render", action="store_true", help="the page again from its data")
     parser.add_argument("--budgets", action="store_true", help="lower the budgets to the data")

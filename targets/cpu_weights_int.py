@@ -275,7 +275,7 @@ def _write_integers(kernel: Kernel, values: ValueDots, rows: Rows, *, whole: boo
 
 
 def _zero(kernel: Kernel, values: ValueDots, first: str, *, whole: bool) -> str:
-    """Bind what sums of weights count of a vector of tokens: zero points in codes, or ones."""
+    """Bind what the rounded weights of a vector of tokens meet: zero points in codes, or ones."""
     lanes, reader = values.lanes, values.reader
     t, place = _place(kernel, first, lanes, whole=whole)
     ratio = number(1.0, lanes)

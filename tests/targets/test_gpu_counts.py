@@ -6,6 +6,7 @@ from typing import Any
 
 import gpu_static
 import gpu_static_render
+import gpu_static_rows
 import pytest
 
 from kvant.targets.gpu_counts import (
@@ -38,7 +39,7 @@ BUDGETS = json.loads(gpu_static.BUDGETS.read_text())
 
 def within(name: str, kind: str) -> None:
     """Compile attend and hold it to its budget."""
-    row = gpu_static.measure(name, gpu_static_render.MAIN, kind, ("attend",))
+    row = gpu_static.measure(name, gpu_static_rows.MAIN, kind, ("attend",))
     assert "refused" not in row, row["refused"]
     most = BUDGETS.get(name, {}).get(kind)
     assert most is not None, f"{name} on {kind} has no budget: bench/gpu_static.py --budgets"
