@@ -165,6 +165,8 @@ MODEL_GOALS: dict[str, tuple[str, float, float]] = {
     "append-kivi-4bit": (_STORE + "`kivi-4bit`", 0.5, 1.0),
     "generate": ("SmolLM2 `generate` at 8k, `kivi-4bit`, vs DynamicCache fp32", 1.3, 2.0),
     "generate-quantized": ("the same vs QuantizedCache 4-bit", 5.0, 20.0),
+    "generate-batch": ("`generate` of 4 rows at 8k, `kivi-4bit`, vs DynamicCache fp32", 1.3, 2.0),
+    "generate-quantized-batch": ("the same 4 rows vs QuantizedCache 4-bit", 5.0, 20.0),
 }
 
 
@@ -172,6 +174,8 @@ MODELS: dict[str, tuple[str, ...]] = {
     "append": ("append-int4-token", "append-kivi-4bit"),
     "generate": ("generate",),
     "generate-quantized": ("generate-quantized",),
+    "generate-batch": ("generate-batch",),
+    "generate-quantized-batch": ("generate-quantized-batch",),
 }
 """What one process measures on the model: the rows it gives."""
 

@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,30 @@ FILLED = 1024  # tokens in the cache when appends begin
 ROOM = 1 << 16  # tokens that a cache of appends can hold
 PROMPT = 8001  # tokens, 8000 of them cached (hqq wants them even); all stays below 8,192
 FEW = 16  # tokens of the prompt where attention costs next to nothing
-NEW = 4  # tokens of one call of generate
+NEW = 4  # tokens of one call of generate, for each row
 ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Which cache of transformers `generate` is compared with, for how many rows at once."""
+
+    quantized: bool
+    batch: int
+
+
+GENERATED = {
+    "generate": Generated(quantized=False, batch=1),
+    "generate-quantized": Generated(quantized=True, batch=1),
+    "generate-batch": Generated(quantized=False, batch=4),
+    "generate-quantized-batch": Generated(quantized=True, batch=4),
+}
 BACKENDS = {"quanto": {"axis_key": 0, "axis_value": 0}, "hqq": {"axis_key": 1, "axis_value": 1}}
 HQQ = Path(sys.prefix) / "bench-hqq"  # beside the other packages: transformers always imports it
 
 
 def measure(name: str, root: Path, even_if_busy: bool) -> list[dict[str, Any]]:
-    """Return the rows of one thing: "append", "generate" or "generate-quantized".
+    """Return the rows of one thing: "append", or one of GENERATED.
 
     Args:
         name: what.
@@ -39,7 +56,7 @@ def measure(name: str, root: Path, even_if_busy: bool) -> list[dict[str, Any]]:
     """
     cores = len(os.sched_getaffinity(0))
     os.environ[NUM_THREADS.name] = str(cores)
-    if name == "generate-quantized":
+    if name in GENERATED and GENERATED[name].quantized:
         sys.path.append(str(HQQ))
     import torch
 
@@ -97,22 +114,28 @@ def _generate(name: str, root: Path, even_if_busy: bool) -> dict[str, Any]:
     from kvant.runtime.huggingface import attach
 
     artifact, source = _artifact(RECIPE, root), open_model("smollm2")
+    against, plain = GENERATED[name], source.load("float32")
     prompt = source.tokenizer()(demo_text(), return_tensors="pt")["input_ids"][:, :PROMPT]
+    history = _history(plain, prompt, root, against.batch)
+    prompt = prompt.repeat(against.batch, 1)
     model, cache = attach(source.load("float32"), artifact)
-    ours, plain = _continue(model, cache, prompt), source.load("float32")
-    history = _history(plain, prompt, root)
-    if name == "generate":
-        peer, what = _plain(plain, prompt, history), "DynamicCache"
-    else:
+    ours = _continue(model, cache, prompt)
+    if against.quantized:
         peer, what = _quantized(plain, prompt, history)
+    else:
+        peer, what = _plain(plain, prompt, history), "DynamicCache"
     free = _plain(plain, prompt[:, :FEW], [])
     found = cpu_measure.measure(ours, peer, third=free, rounds=ROUNDS, even_if_busy=even_if_busy)
-    detail = f"{what}, {_per_token(found, NEW)}{_at_most(found)}"
-    return {"what": name, "context": PROMPT} | found | {"detail": detail}
+    tokens = NEW * against.batch
+    detail = f"{what}, {_per_token(found, tokens)}{_at_most(found, tokens)}"
+    return {"what": name, "context": PROMPT, "batch": against.batch} | found | {"detail": detail}
 
 
-def _history(model: Any, prompt: Any, root: Path) -> list[tuple[Any, Any]]:
-    """Return keys and values of each layer for a prompt without its last token; kept in root."""
+def _history(model: Any, prompt: Any, root: Path, batch: int) -> list[tuple[Any, Any]]:
+    """Return keys and values of each layer for a prompt without its last token, in equal rows.
+
+    Those of one row are kept in root.
+    """
     from safetensors.torch import load_file, save_file
     from transformers import DynamicCache
 
@@ -125,7 +148,8 @@ def _history(model: Any, prompt: Any, root: Path) -> list[tuple[Any, Any]]:
         kept |= {f"v{i}": cache.layers[i].values for i in range(layers)}
         save_file({name: x.contiguous() for name, x in kept.items()}, path)
     stored = load_file(path)
-    return [(stored[f"k{i}"], stored[f"v{i}"]) for i in range(layers)]
+    rows = {name: x.repeat(batch, 1, 1, 1) for name, x in stored.items()}
+    return [(rows[f"k{i}"], rows[f"v{i}"]) for i in range(layers)]
 
 
 def _filled(cache: Any, history: list[tuple[Any, Any]]) -> Any:
@@ -183,15 +207,15 @@ def _quantized(
     return best[1], best[2]
 
 
-def _at_most(found: dict[str, Any]) -> str:
+def _at_most(found: dict[str, Any], tokens: int) -> str:
     """Return how fast all but attention is, and what ratio no attention could exceed."""
     if "refused" in found:
         return ""
     free = found["third_ms"]["median"]
-    tokens, ratio = 1e3 * NEW / free, found["peer_ms"]["median"] / free
+    rate, ratio = 1e3 * tokens / free, found["peer_ms"]["median"] / free
     share = free / found["ours_ms"]["median"]
     return (
-        f"; with a context of some tens of tokens {tokens:,.1f} tokens/s, which is {share:.0%} of "
+        f"; with a context of some tens of tokens {rate:,.1f} tokens/s, which is {share:.0%} of "
         f"our time: no attention reaches more than {ratio:.2f}"
     )
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..ir.errors import KvantError
+from .cpu_parse import parse
 from .cpu_text import Kernel
 from .machines import Cpu
 from .source import Source
@@ -43,8 +44,7 @@ def compile_source(source: Source[Kernel], cpu: Cpu, *, with_assembly: bool = Fa
         one, or code that calls a function which no library has.
     """
     import tvm
-    from tvm.script import from_source
-    from tvm.script import tirx as script
+    from tvm.s_tir.analysis import verify_well_formed
     from tvm.tirx.build import tir_to_runtime
 
     target = tvm.target.Target({"kind": "llvm", "mtriple": cpu.triple, "mcpu": cpu.mcpu})
@@ -52,10 +52,9 @@ def compile_source(source: Source[Kernel], cpu: Cpu, *, with_assembly: bool = Fa
     # NOTE: LLVM compiles for a generic processor, without an error, when it does not know the name.
     if cpu.mcpu not in list(known):
         raise failed(f"LLVM does not know the processor {cpu.mcpu}")
-    functions = {
-        kernel.name: from_source(kernel.source(), {"T": script}) for kernel in source.kernels
-    }
-    module = tir_to_runtime(_lower(tvm.IRModule(functions), target), {}, target)
+    functions = tvm.IRModule({kernel.name: parse(kernel.source()) for kernel in source.kernels})
+    verify_well_formed(functions)
+    module = tir_to_runtime(_lower(functions, target), {}, target)
     made = _object(module)
     _check(str(module.inspect_source("ll")), made, cpu)
     return Code(made, str(module.inspect_source("asm")) if with_assembly else "")

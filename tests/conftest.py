@@ -164,6 +164,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: places.get(item.path.name, last))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Name the folder in which the workers of this session share compiled kernels."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # each has a folder of its own in the session's
+        folder = folder.parent
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KVANT_TEST_COMPILED", str(folder))
+        yield
+
+
 @pytest.fixture(scope="module")
 def one_torch_thread() -> Iterator[None]:
     """Let torch compute in one thread: tiny models gain nothing by more."""

@@ -118,6 +118,7 @@ def make_case(
     constants: Constants | None = None,
     most_columns: int = 300,
     most_appends: int = 8,
+    most_queries: int = 1000,
 ) -> Case:
     """A case whose lengths sit around groups and pages.
 
@@ -127,6 +128,7 @@ def make_case(
         constants: of that plan.
         most_columns: of the whole script.
         most_appends: in it, each with an attend after it.
+        most_queries: of an attend.
     """
     if plan is None:
         plan, constants = random_plan(rng)
@@ -143,7 +145,7 @@ def make_case(
             lengths = tuple(int(n) for n in rng.integers(0, tokens + 1, batch))
         steps += [
             ("append", tokens, lengths),
-            ("attend", int(rng.choice([1, 1, 3, max(1, tokens)]))),
+            ("attend", int(rng.choice([1, 1, 3, min(max(1, tokens), most_queries)]))),
         ]
         total += tokens
         steps += random_extra(rng, batch)

@@ -1,7 +1,14 @@
-"""Plans for the tests of the target cpu, and their compiled kernels: compiled once a session."""
+"""Plans for the tests of the target cpu, and their compiled kernels: compiled once a session.
 
+The workers of a session share what they compile through a folder (`tests/conftest.py`).
+"""
+
+import hashlib
+import os
+import pickle
 from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +26,7 @@ from kvant.targets.machines import Cpu
 
 Constants = dict[str, Array]
 BOTH = {"sink": 4}
+COMPILED = "KVANT_TEST_COMPILED"  # names the folder
 
 
 def stream(role: str, fmt: Format, heads: int, channels: int, **tokens: Any) -> StreamPlan:
@@ -77,7 +85,15 @@ def files_of(plan: AttentionPlan, cpu: Cpu | None = None) -> dict[str, bytes]:
 
 @lru_cache(maxsize=64)
 def _files_of(plan: AttentionPlan, cpu: Cpu) -> dict[str, bytes]:
-    return compile_cpu(emit(plan, cpu), cpu)
+    source = emit(plan, cpu)
+    name = hashlib.sha256(f"{cpu}\n{plan}\n{source.text()}".encode()).hexdigest()
+    path = Path(os.environ[COMPILED]) / name
+    if not path.exists():
+        own = path.with_suffix(f".{os.getpid()}")
+        own.write_bytes(pickle.dumps(compile_cpu(source, cpu)))
+        own.replace(path)
+    files: dict[str, bytes] = pickle.loads(path.read_bytes())
+    return files
 
 
 def kernels_of(

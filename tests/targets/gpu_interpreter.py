@@ -4,16 +4,18 @@ TRITON_INTERPRET must be set before triton is imported: tests/conftest.py sees t
 """
 
 import importlib.util
+import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from ctypes import c_int64
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 import triton.language as tl
 from triton.runtime import interpreter
@@ -25,6 +27,48 @@ from kvant.runtime.memory import TorchMemory
 from kvant.targets.gpu import emit, launch_facts
 
 from .cpu_cases import Constants
+
+
+@cache
+def _known_block(element: str, shape: tuple[int, ...]) -> tuple[int, str]:
+    """Return elements and name of a block type; a shape that triton refuses is refused."""
+    return tl.core.validate_block_shape(shape), f"<{shape}, {element}>"
+
+
+@cache
+def _known_shape(shape: tuple[int, ...]) -> tl.tuple:
+    return tl.tuple([tl.constexpr(size) for size in shape])
+
+
+def _block_type(self: Any, element_ty: tl.dtype, shape: Any) -> None:
+    self.element_ty = element_ty
+    self.shape = tuple(tl.core._unwrap_shape(shape))
+    if not self.shape:
+        raise TypeError("0d block_type is forbidden")
+    self.numel, self.name = _known_block(str(element_ty), self.shape)
+
+
+_numpy_type_of = cache(interpreter._get_np_dtype)
+
+
+def _numpy_type(of: tl.dtype) -> np.dtype:
+    if isinstance(of.scalar, tl.pointer_type):
+        return np.dtype(np.uint64)
+    return _numpy_type_of(of.scalar)
+
+
+def _tensor(self: Any, handle: Any, type: tl.dtype) -> None:
+    self.handle, self.type, self.dtype = handle, type, type.scalar
+    self.shape = _known_shape(type.shape if type.is_block() else ())
+    self.numel = tl.constexpr(math.prod(type.shape) if type.is_block() else 1)
+
+
+# The interpreter spends a third of its time on making equal types again, and a fifth on asking
+# whether 32 bits overflow: lengths are far too small for that here, and outputs are compared.
+tl.block_type.__init__ = _block_type
+tl.tensor.__init__ = _tensor
+interpreter._get_np_dtype = _numpy_type
+interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
 
 
 @dataclass

@@ -24,6 +24,7 @@ from .cpu_pairs_long import PAIRS_LONG
 from .gpu_interpreter import interpreted
 
 Record = Callable[[str, object], None]
+MOST_QUERIES = 20  # two tiles; the kernels before and after them go query by query
 SHORT = len(PLANS) + len(PAIRS)
 EACH = -(-200 // SHORT)
 EACH_LONG = -(-2_000 // (SHORT + len(PAIRS_LONG)))
@@ -36,7 +37,8 @@ def run_cases(
     worst = 0.0
     for i in range(count):
         seen = Seen(garbage=(0xFF,) if i % 3 == 0 else ())  # the interpreter is slow
-        case = make_case(rng, plan, constants, most_columns=200, most_appends=appends)
+        sizes = {"most_columns": 200, "most_appends": appends, "most_queries": MOST_QUERIES}
+        case = make_case(rng, plan, constants, **sizes)
         run_case(interpreted, case, seen=seen)
         worst = max(worst, seen.worst)
     record_property("cases of scripts through the GPU kernels in the interpreter, within P7", count)
