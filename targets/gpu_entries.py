@@ -13,7 +13,7 @@ from ..ir.plan import AttentionPlan
 from .gpu_pages import PageReader
 from .gpu_sequences import Named
 from .gpu_text import LOG2_E, Kernel, across, as_f32, load
-from .gpu_tiles import Block, byte_of_word, groups_of, worth_of, write_by_memory
+from .gpu_tiles import Block, byte_of_word, groups_of, stored_of, worth_of, write_by_memory
 
 MOST_GAP = 120.0
 """Exponent of a tile's weights that float32 can undo; those of a larger one are as good as none."""
@@ -85,5 +85,5 @@ def _entry(reader: PageReader, e: int) -> tuple[str, str]:
     """Return the channels in the part, i32 [N], and values, f32 [N], of entry e of each token."""
     if reader.part.sparse is None:
         raise TypeError("the part has no entries")
-    value = load(reader.parameter_at("value", e))
-    return byte_of_word(reader, "index", e), as_f32(value, reader.part.sparse.values)
+    value = as_f32(stored_of(reader, "value", e), reader.part.sparse.values)
+    return byte_of_word(reader, "index", e), value

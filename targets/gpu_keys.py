@@ -13,7 +13,17 @@ from ..ir.planes import offset
 from .gpu_entries import write_entry_scores
 from .gpu_pages import PageReader, block_in
 from .gpu_sequences import STEP, Times
-from .gpu_text import LEAST_DOT, LOG2_E, Kernel, both, down, load, padded, write_softcap
+from .gpu_text import (
+    LEAST_DOT,
+    LOG2_E,
+    Kernel,
+    across,
+    both,
+    down,
+    load,
+    padded,
+    write_softcap,
+)
 from .gpu_tiles import (
     Block,
     Cell,
@@ -121,13 +131,15 @@ def _columns(reader: PageReader) -> tuple[str, str]:
     return columns, "" if wide == width else f"({columns} < {width})"
 
 
-def write_scores(kernel: Kernel, plan: AttentionPlan, rows: int, k: tuple[Block, ...]) -> None:
-    """Bind `score`, f32 [N, R], which `factor` makes powers of two."""
+def write_scores(
+    kernel: Kernel, plan: AttentionPlan, rows: int, k: tuple[Block, ...], period: int
+) -> None:
+    """Bind `score`, f32 [N, R], which `factor` makes powers of two; `period` is the dialect's."""
     n = key_tokens(plan)
     if n == TILE:
-        _write_part(kernel, plan, rows, k, "place")
+        _write_part(kernel, plan, rows, k, "place", {})
     else:
-        _write_parts(kernel, plan, rows, k, n)
+        _write_parts(kernel, plan, rows, k, period)
     if plan.softcap is None:
         return
     kernel.line("score = score * factor[None, :]")
@@ -135,14 +147,21 @@ def write_scores(kernel: Kernel, plan: AttentionPlan, rows: int, k: tuple[Block,
 
 
 def _write_parts(
-    kernel: Kernel, plan: AttentionPlan, rows: int, k: tuple[Block, ...], n: int
+    kernel: Kernel, plan: AttentionPlan, rows: int, k: tuple[Block, ...], period: int
 ) -> None:
     """Bind `score`, n tokens after the other: each n has scales of channels of its own."""
+    n = key_tokens(plan)
+    readers = dict.fromkeys(block.reader for block in k)
+    joined = [x for x in readers if _has_joined_zeros(x, n, period)]
+    for reader in joined:
+        _write_joined_zeros(kernel, rows, reader)
     for number in range(TILE // n):
         kernel.note(f"tokens {number * n} to {number * n + n - 1}")
         inside = "" if plan.k.page_tokens == TILE else f"place % {plan.k.page_tokens} + "
         kernel.line(f"k_t = {inside}tl.arange(0, {n})" + (f" + {number * n}" if number else ""))
-        _write_part(kernel, plan, rows, k, f"(place + {number * n})" if number else "place")
+        at = f"(place + {number * n})" if number else "place"
+        beside = {reader.name: f"{reader.name}_beside_{number}" for reader in joined}
+        _write_part(kernel, plan, rows, k, at, beside)
         kernel.line(f"score_{number} = score")
     # They are rows of registers, and stay where they are.
     kernel.line("score = tl.permute(tl.join(score_0, score_1), (2, 0, 1))")
@@ -150,14 +169,23 @@ def _write_parts(
 
 
 def _write_part(
-    kernel: Kernel, plan: AttentionPlan, rows: int, k: tuple[Block, ...], place: str
+    kernel: Kernel,
+    plan: AttentionPlan,
+    rows: int,
+    k: tuple[Block, ...],
+    place: str,
+    beside: dict[str, str],
 ) -> None:
-    """Bind `score` of the tokens from `place` on, as many as share scales of channels."""
+    """Bind `score` of the tokens from `place` on, as many as share scales of channels.
+
+    `beside`: for readers by their name, products of zero points that are there already.
+    """
     for block in k:
         write_block(kernel, block, down=True)
     for number, (reader, group, cells) in enumerate(groups_of(k)):
         if per_channel(reader):
-            _write_channel_scores(kernel, plan, rows, reader, cells, place)
+            own = beside.get(reader.name, "")
+            _write_channel_scores(kernel, plan, rows, reader, cells, place, own)
         else:
             _write_token_scores(kernel, plan, reader, group, cells)
         kernel.line(f"score {'+=' if number else '='} part")
@@ -239,11 +267,12 @@ def _write_channel_scores(
     reader: PageReader,
     cells: tuple[Cell, ...],
     place: str,
+    joined: str,
 ) -> None:
     """Bind `part`, in steps of 2^-24: scales of channels go on the queries once a tile.
 
     Zero points are one more row of codes: their product with the queries begins the sums. A matrix
-    product has sixteen rows, and all are that one.
+    product has sixteen rows, and all are that one. `joined` names the product if it is there.
     """
     fmt = affine(reader)
     kernel.note("scales of channels, two neighbours in a word, go on the queries")
@@ -262,16 +291,42 @@ def _write_channel_scores(
                 kernel.line(f"{cell.name}_y = {Times().name}({cell.name}_q, {scale})")
                 more = f", {beside}" if beside else ""
                 beside = f"tl.dot({_zero_row(fmt, cell)}, {cell.name}_y{more})"
-    if fmt.zero == "float":
+    if fmt.zero == "float" and not joined:
         kernel.line(f"zeros = {_zeros(reader, place)}")
         row = f"tl.broadcast_to(zeros[None, :], (16, {padded(reader.part.width, LEAST_DOT)}))"
         beside = f"tl.dot({row}, {reader.name}_q) * {STEP!r}"
-    kernel.line(f"beside = {beside}")
-    n = key_tokens(plan)
-    kernel.line(f"beside = tl.reshape(beside, (1, 16, {rows}))")
-    kernel.line(f"beside = tl.broadcast_to(beside, ({n // 16}, 16, {rows}))")
+    kernel.line(f"beside = {joined or beside}")
+    n, same = key_tokens(plan), LEAST_DOT // 2 if joined else LEAST_DOT
+    kernel.line(f"beside = tl.reshape(beside, (1, {same}, {rows}))")
+    kernel.line(f"beside = tl.broadcast_to(beside, ({n // same}, {same}, {rows}))")
     kernel.line(f"beside = tl.reshape(beside, ({n}, {rows}))")
     kernel.line(f"part = {_dots(cells, 'y', 'beside')}")
+
+
+def _has_joined_zeros(reader: PageReader, n: int, period: int) -> bool:
+    """Return whether one product takes the zero points of both parts of n tokens of a tile.
+
+    Half of its rows are those of a part, and a thread has rows of both.
+    """
+    if not per_channel(reader) or affine(reader).zero != "float":
+        return False
+    return affine(reader).group_tokens == n == TILE // 2 and period <= LEAST_DOT // 2
+
+
+def _write_joined_zeros(kernel: Kernel, rows: int, reader: PageReader) -> None:
+    """Bind <part>_beside_0 and _1, the products of zero points of both parts, eight times each."""
+    columns, inside = _columns(reader)
+    wide, half = padded(reader.part.width, LEAST_DOT), LEAST_DOT // 2
+    first = f"{reader.role}_float16 + {_group_row(reader, 'zero', 2, 'place')}"
+    groups = f"(tl.arange(0, 2) * {reader.part.field('zero').shape[1]})[:, None]"
+    at = f"{first} + {groups} + {columns}[None, :]"
+    kernel.note("zero points of both halves of the tile: eight rows each")
+    kernel.line(f"zeros = {load(at, across(inside))}")
+    kernel.line(f"zeros = tl.broadcast_to(zeros[:, None, :], (2, {half}, {wide}))")
+    kernel.line(f"zeros = tl.reshape(zeros, ({LEAST_DOT}, {wide}))")
+    kernel.line(f"beside = tl.dot(zeros, {reader.name}_q) * {STEP!r}")
+    kernel.line(f"beside = tl.permute(tl.reshape(beside, (2, {half}, {rows})), (1, 2, 0))")
+    kernel.line(f"{reader.name}_beside_0, {reader.name}_beside_1 = tl.split(beside)")
 
 
 def _zero_row(fmt: Int, cell: Cell) -> str:

@@ -38,11 +38,13 @@ class PageReader:
         stream: the plan.
         layout: of its pages.
         part: the channels, [first, first + width) of the head.
+        words: whether numbers of two bytes that tokens have are read from words of four.
     """
 
     stream: StreamPlan
     layout: PageLayout
     part: Part
+    words: bool = False
 
     @property
     def role(self) -> str:

@@ -39,6 +39,8 @@ class Dialect:
     Attributes:
         form: of short sequences of instructions; see `gpu_sequences.py`.
         precision: of products of float32, as Triton calls it.
+        threads: of a warp.
+        period: rows of a product's results after which a thread's own rows begin again.
         has_bytes: whether four bytes in a register can be unpacked at once.
         least_rows: the least queries of a matrix product, where they are its columns.
         stages: tiles on their way at once.
@@ -50,6 +52,8 @@ class Dialect:
 
     form: str
     precision: str
+    threads: int
+    period: int
     has_bytes: bool
     least_rows: int
     stages: int

@@ -12,7 +12,7 @@ is ever interleaved. What is multiplied, and what it is rounded to, says `ir/hal
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import gcd
 
 from ..ir.arrangements import ROWS, TILES, TURNED
@@ -300,16 +300,19 @@ class Cell:
         return self.name
 
 
-def blocks_of(stream: StreamPlan, kind: str, *, halves: bool) -> tuple[Block, ...]:
+def blocks_of(
+    stream: StreamPlan, kind: str, *, halves: bool, words: bool = False
+) -> tuple[Block, ...]:
     """Return the blocks of a stream in tiles: as wide as a scale and a plane allow.
 
     Args:
         stream: the plan.
         kind: of the pages.
         halves: whether they are read as half-words.
+        words: whether numbers of tokens that take two bytes are read from words.
     """
     found = []
-    for reader in readers_of(stream, kind):
+    for reader in (replace(reader, words=words) for reader in readers_of(stream, kind)):
         if not reader.is_stored:
             continue
         plane, width = plane_bytes(reader.part), block_bytes(reader.part)
@@ -359,7 +362,7 @@ def scale_of(reader: PageReader, group: int) -> str:
     """Return the scales of a tile's tokens over `worth_of` the format, f32 [N]."""
     fmt = reader.coded()
     if not isinstance(fmt, Bfp):
-        return as_scale(fmt, load(reader.parameter_at("scale", group)))
+        return as_scale(fmt, stored_of(reader, "scale", group))
     exponent = byte_of_word(reader, "exponent", group)
     return f"({exponent} << 23).to(tl.float32, bitcast=True)"
 
@@ -383,7 +386,28 @@ def byte_of_word(reader: PageReader, name: str, column: int) -> str:
 
 def zero_of(reader: PageReader, group: int) -> str:
     """Return the zero points of a tile's tokens, f32 [N]."""
-    return as_f32(load(reader.parameter_at("zero", group)), affine(reader).params)
+    return as_f32(stored_of(reader, "zero", group), affine(reader).params)
+
+
+def in_words(reader: PageReader, name: str) -> bool:
+    """Return whether a field of tokens is read from words, two numbers in each."""
+    is_short = reader.part.field(name).dtype in ("float16", "uint16")
+    return reader.words and is_short and reader.is_turned(name)
+
+
+def stored_of(reader: PageReader, name: str, column: int) -> str:
+    """Return the numbers of a tile's tokens in a column of a field, in its type, [N].
+
+    Copies to shared memory take four bytes a thread at least; where a thread has one number of two
+    bytes, it takes the word that holds it (`PageReader.words`).
+    """
+    if not in_words(reader, name):
+        return load(reader.parameter_at(name, column))
+    field, role = reader.part.field(name), reader.role
+    first = (field.offset + column * reader.layout.tokens * 2) // 4
+    word = load(f"{role}_int32 + {block_in(role, 4)} + {first} + ({role}_t >> 1)")
+    half = f"({word} >> (({role}_t & 1) << 4)).to(tl.{field.dtype.replace('float', 'int')})"
+    return f"{half}.to(tl.float16, bitcast=True)" if field.dtype == "float16" else half
 
 
 def write_block(kernel: Kernel, block: Block, *, down: bool) -> None:

@@ -9,7 +9,7 @@ from ..ir.plan import AttentionPlan
 from .gpu_entries import write_entry_weights
 from .gpu_pages import PageReader
 from .gpu_sources import pieces_of
-from .gpu_text import LN_2, LOG2_E, Kernel, both, down
+from .gpu_text import LEAST_DOT, LN_2, LOG2_E, Kernel, both, down
 from .gpu_tiles import (
     Block,
     affine,
@@ -22,24 +22,39 @@ from .gpu_tiles import (
     zero_of,
 )
 
-LANES = 16
-"""Tokens of a sum: those of a matrix product, whose sums over products need no other thread."""
+MANY_SUMS = 4
+"""Sums of zero points that take registers which the loop needs."""
 LARGEST_LIFT = 40
 """Exponents of scales are taken out of weights up to here: float16 holds the rest of any f16."""
 
 
-def write_sums(kernel: Kernel, v: tuple[Block, ...], rows: int) -> None:
-    """Bind the outputs, and what the loop adds up beside them."""
+def rows_of_sums(kernel: Kernel, v: tuple[Block, ...], period: int) -> int:
+    """Return the rows of sums over tokens: each is over tokens so far apart, within a thread.
+
+    Fewer are fewer registers, and fewer exchanges between warps; `period` is the dialect's.
+    """
+    sums = sum(has_zero(reader) for reader, _, _ in groups_of(v))
+    return period if sums >= MANY_SUMS or kernel.warps > 1 else LEAST_DOT
+
+
+def write_sums(kernel: Kernel, v: tuple[Block, ...], rows: int, apart: int) -> None:
+    """Bind the outputs, and what the loop adds up beside them.
+
+    `apart`: rows of sums over tokens, see `rows_of_sums`.
+    """
     for reader, group, cells in groups_of(v):
         for cell in cells:
             kernel.line(f"{cell.out} = tl.zeros(({cell.block.wide}, {rows}), tl.float32)")
         if has_zero(reader):
-            kernel.line(f"{reader.name}_zeros_{group} = tl.zeros(({LANES}, {rows}), tl.float32)")
+            kernel.line(f"{reader.name}_zeros_{group} = tl.zeros(({apart}, {rows}), tl.float32)")
         if middle_of(reader):
-            kernel.line(f"{reader.name}_weights_{group} = tl.zeros(({LANES}, {rows}), tl.float32)")
+            own = f"tl.zeros(({LEAST_DOT}, {rows}), tl.float32)"
+            kernel.line(f"{reader.name}_weights_{group} = {own}")
 
 
-def write_weights(kernel: Kernel, plan: AttentionPlan, v: tuple[Block, ...], rows: int) -> None:
+def write_weights(
+    kernel: Kernel, plan: AttentionPlan, v: tuple[Block, ...], rows: int, apart: int
+) -> None:
     """Bind `weight`, the exponentials, and <part>_w_g, times the scales of group g, in float16."""
     groups = groups_of(v)
     for reader, group, _ in groups:
@@ -61,14 +76,14 @@ def write_weights(kernel: Kernel, plan: AttentionPlan, v: tuple[Block, ...], row
     write_entry_weights(kernel, plan, v)
     kernel.line("shrink = tl.exp2(best - most)[None, :]")
     kernel.line("best = most")
-    kernel.line(f"total = total * shrink + {_summed('weight', rows)}")
+    kernel.line(f"total = total * shrink + {_summed('weight', rows, apart)}")
     for reader, group, _ in groups:
         name, own = f"{reader.name}_w_{group}", f"{reader.name}_scale_{group}"
         kernel.line(f"{name} = (weight * {own}[:, None]).to(tl.float16)")
         if has_zero(reader):
             kernel.line(f"zero = {_zero_of_middle(reader, group)}")
             zeros = f"{reader.name}_zeros_{group}"
-            own = _summed("weight * zero[:, None]", rows)
+            own = _summed("weight * zero[:, None]", rows, apart)
             kernel.line(f"{zeros} = {zeros} * shrink + {own}")
 
 
@@ -78,9 +93,9 @@ def _is_f16(reader: PageReader) -> bool:
     return isinstance(fmt, Int) and fmt.params == "f16"
 
 
-def _summed(terms: str, rows: int) -> str:
-    """Return the sums [LANES, R] over every LANES-th token of a tile."""
-    return f"tl.sum(tl.reshape({terms}, ({TILE // LANES}, {LANES}, {rows})), axis=0)"
+def _summed(terms: str, rows: int, apart: int) -> str:
+    """Return the sums [apart, R] over every apart-th token of a tile."""
+    return f"tl.sum(tl.reshape({terms}, ({TILE // apart}, {apart}, {rows})), axis=0)"
 
 
 def _zero_of_middle(reader: PageReader, group: int) -> str:
@@ -101,7 +116,7 @@ def write_values(kernel: Kernel, v: tuple[Block, ...]) -> None:
         for cell in cells:
             kernel.line(f"{cell.out} = tl.dot({cell.operand}, {weights}, {cell.out} * shrink)")
         if middle_of(reader):
-            ones = f"tl.full(({LANES}, {TILE}), 1.0, tl.float16)"
+            ones = f"tl.full(({LEAST_DOT}, {TILE}), 1.0, tl.float16)"
             own = f"{reader.name}_weights_{group}"
             kernel.line(f"{own} = tl.dot({ones}, {weights}, {own} * shrink)")
 

@@ -32,15 +32,18 @@ from .gpu_pages import declare_pages
 from .gpu_prepare import declare_codes
 from .gpu_rest import write_rest
 from .gpu_sequences import Named, Times, Triples, Unpacker
-from .gpu_text import Dialect, Kernel
+from .gpu_text import LEAST_DOT, Dialect, Kernel
 from .gpu_tiles import (
     Block,
     blocks_of,
+    in_words,
     kinds,
 )
-from .gpu_values import LANES, write_partials, write_sums, write_values, write_weights
+from .gpu_values import rows_of_sums, write_partials, write_sums, write_values, write_weights
 
 MOST_REGISTERS = 255
+WORD = 4
+"""Bytes that a thread copies to shared memory at least."""
 LEAST_TILES, MOST_SPLITS = 8, 128
 """Of a split and of a row, where no machine is known; see `splits.py`."""
 
@@ -56,7 +59,7 @@ def attend_tiles(plan: AttentionPlan, dialect: Dialect) -> Kernel:
     warps = 1 if is_wide else warps_of(plan)
     kernel = Kernel("attend", warps=warps, registers=MOST_REGISTERS)
     rows = decode_rows(plan, dialect)
-    k, v = key_blocks(plan, dialect), blocks_of(plan.v, TILES, halves=True)
+    k, v = key_blocks(plan, dialect), value_blocks(plan, dialect)
     declare(kernel, plan)
     if is_wide:
         declare_lanes(kernel, plan)
@@ -72,7 +75,7 @@ def attend_tiles(plan: AttentionPlan, dialect: Dialect) -> Kernel:
             if is_wide:
                 write_wide_split(kernel, plan)
             else:
-                _write_split(kernel, plan, rows, k, v, dialect.stages)
+                _write_split(kernel, plan, rows, k, v, dialect)
     with kernel.block("else"):
         write_rest(kernel, plan, rows, dialect)
     return kernel
@@ -84,7 +87,7 @@ def _write_split(
     rows: int,
     k: tuple[Block, ...],
     v: tuple[Block, ...],
-    stages: int,
+    dialect: Dialect,
 ) -> None:
     """Attend to the whole tiles of one split."""
     kernel.line(f"row = tl.arange(0, {rows})")
@@ -97,16 +100,17 @@ def _write_split(
     write_places(kernel, plan, v)
     kernel.note("sums: the largest score in powers of two, the denominator, the outputs")
     kernel.line(f'best = tl.full(({rows},), float("-inf"), tl.float32)')
-    kernel.line(f"total = tl.zeros(({LANES}, {rows}), tl.float32)")
-    write_sums(kernel, v, rows)
-    with kernel.block(f"for tile in tl.range(first, last, num_stages={stages})"):
+    apart = rows_of_sums(kernel, v, dialect.period)
+    kernel.line(f"total = tl.zeros(({apart}, {rows}), tl.float32)")
+    write_sums(kernel, v, rows, apart)
+    with kernel.block(f"for tile in tl.range(first, last, num_stages={dialect.stages})"):
         kernel.line(f"place = tile * {TILE}")
         kernel.note("keys")
         _write_place(kernel, plan.k)
-        write_scores(kernel, plan, rows, k)
+        write_scores(kernel, plan, rows, k, dialect.period)
         kernel.note("values")
         _write_place(kernel, plan.v)
-        write_weights(kernel, plan, v, rows)
+        write_weights(kernel, plan, v, rows, apart)
         write_values(kernel, v)
         write_entry_values(kernel, v)
     write_partials(kernel, plan, v)
@@ -115,16 +119,26 @@ def _write_split(
 def key_blocks(plan: AttentionPlan, dialect: Dialect) -> tuple[Block, ...]:
     """Return the blocks of the keys: bytes where the products are exact in i8."""
     is_bytes = dialect.has_bytes and plan.query_bits is not None
-    return blocks_of(plan.k, TILES, halves=not is_bytes)
+    return blocks_of(plan.k, TILES, halves=not is_bytes, words=has_words(plan, dialect))
+
+
+def value_blocks(plan: AttentionPlan, dialect: Dialect) -> tuple[Block, ...]:
+    """Return the blocks of the values."""
+    return blocks_of(plan.v, TILES, halves=True, words=has_words(plan, dialect))
+
+
+def has_words(plan: AttentionPlan, dialect: Dialect) -> bool:
+    """Return whether a tile has fewer numbers of two bytes than a block has threads for words."""
+    return TILE * 2 < dialect.threads * warps_of(plan) * WORD
 
 
 def sequences_of(plan: AttentionPlan, dialect: Dialect) -> set[Unpacker]:
     """Return the sequences that the kernels of a plan call."""
     if kinds(plan, dialect) != (TILES, TILES):
         return set()
-    blocks = (*key_blocks(plan, dialect), *blocks_of(plan.v, TILES, halves=True))
+    blocks = (*key_blocks(plan, dialect), *value_blocks(plan, dialect))
     others: set[Unpacker] = {Times()} if plan.query_bits is None else set()
-    if any(entries_of(block.reader) for block in blocks_of(plan.v, TILES, halves=True)):
+    if any(entries_of(block.reader) for block in value_blocks(plan, dialect)):
         others.add(Named())
     return others | {cell.sequence for block in blocks for cell in block.cells}
 
@@ -133,9 +147,13 @@ def warps_of(plan: AttentionPlan) -> int:
     """Return the warps of a block of attend.
 
     One, as long as it can hold the outputs: warps that share a tile repeat what belongs to tokens
-    and to queries, and wait for one another. docs/gpu.md has the counts.
+    and to queries, and wait for one another. Two share the rows of a product of values; where it
+    has no more than one warp takes, both would do all of it. docs/gpu.md has the counts.
     """
-    return 1 if plan.v.channels <= 128 else 2
+    if plan.v.channels <= 128:
+        return 1
+    least = min(block.wide for block in blocks_of(plan.v, TILES, halves=True))
+    return 1 if least <= LEAST_DOT else 2
 
 
 def _declare(
@@ -149,8 +167,12 @@ def _declare(
     declare_codes(kernel, plan)
     for stream in (plan.k, plan.v):
         parts = stream.page_layout().parts
-        has_bytes = any(isinstance(part.format, Bfp) or part.sparse for part in parts)
-        if has_bytes or (stream.role == "k" and plan.query_bits is None):
+        takes_words = any(isinstance(part.format, Bfp) or part.sparse for part in parts) or any(
+            in_words(block.reader, field.name)
+            for block in blocks
+            for field in block.reader.part.fields
+        )
+        if takes_words or (stream.role == "k" and plan.query_bits is None):
             kernel.array(f"{stream.role}_int32", "int32")
 
 

@@ -12,7 +12,7 @@ from .cpu_cases import BOTH, int_format, mapped, plan_of, slices
 
 IN_BLOCKS: dict[str, Any] = {"recent": 128, "flush": "block"}
 
-# All of one query a row: groups 1 to 9, heads of 64, 96 and 128 channels, one KV head or two.
+# All of one query a row: groups 1 to 9, heads of 64 to 256 channels, one KV head or two.
 TILED: dict[str, AttentionPlan] = {
     "int4": plan_of(
         int_format(4, "token", 128), int_format(4, "token", 128), heads=1, d=128, compute="int"
@@ -81,6 +81,14 @@ TILED: dict[str, AttentionPlan] = {
         d=96,
         compute="int",
     ),
+    "int4-d256": plan_of(
+        int_format(4, "token", 256),
+        int_format(8, "token", 256, zero="float", params="bf16"),
+        heads=1,
+        group=2,
+        d=256,
+        compute="int",
+    ),
     "kivi2": plan_of(
         int_format(2, "channel", 64),
         int_format(2, "token", 32),
@@ -116,6 +124,14 @@ TILED: dict[str, AttentionPlan] = {
         compute="int",
         k_tokens=IN_BLOCKS | BOTH,
         v_tokens=BOTH,
+    ),
+    "slices-32": plan_of(
+        slices((32, int_format(4, "channel", 128)), (32, int_format(2, "channel", 32))),
+        int_format(2, "token", 64),
+        heads=1,
+        group=4,
+        compute="int",
+        k_tokens=IN_BLOCKS,
     ),
     "slices": plan_of(
         slices(

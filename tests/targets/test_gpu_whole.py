@@ -68,7 +68,7 @@ def test_a_script_with_learned_sinks() -> None:
 def test_the_plans_are_of_every_kind() -> None:
     plans = TILED.values()
     assert {plan.group for plan in plans} >= set(range(1, 10))
-    assert {plan.k.channels for plan in plans} >= {64, 96, 128}
+    assert {plan.k.channels for plan in plans} >= {64, 96, 128, 256}
     formats = [(s.role, s.tokens.rest) for plan in plans for s in (plan.k, plan.v)]
     tokens = {(r, f.bits, f.zero) for r, f in formats if getattr(f, "axis", "") == "token"}
     assert {(b, z) for r, b, z in tokens} >= {
@@ -283,6 +283,11 @@ def assert_caught(plan: AttentionPlan, old: str, new: str) -> None:
         ("kivi2", "beside = tl.dot", "beside = 0.999 * tl.dot"),
         ("kivi2", "// 32 * 2, place", "// 32 * 3, place"),
         ("kivi2", "column % 2 * 16", "column % 2 * 15"),
+        ("kivi4-32", "beside = k_beside_1", "beside = k_beside_0"),
+        ("slices-32", "+ (tl.arange(0, 2) * 32)", "+ (tl.arange(0, 2) * 0)"),
+        ("int4-d256", "((k_t & 1) << 4)", "((k_t & 1) << 3)"),
+        ("int4-d256", "((v_t & 1) << 4)", "((v_t & 2) << 3)"),
+        ("int4-d256", "+ (v_t >> 1)", "+ ((v_t + 2) >> 1)"),
         ("kivi4", "-4.76837158203125e-07", "-4.172325134277344e-07"),
         ("kivi4-int", "k_b0_1_1_zero *", "k_b0_1_0_zero *"),
         ("int4", "n * scale[:, None] + zero[:, None] * k_sum_0", "n * scale[:, None] + k_sum_0"),
