@@ -305,8 +305,9 @@ def _write_token_scores(kernel: Kernel, plan: AttentionPlan, part: Keys) -> None
     for number, scale in enumerate(part.all_scales):
         total = f"{part.name}_sum_{scale}[:, None]"
         if plan.query_bits == 16:
-            kernel.line(f"n = {_dots(part, scale, 'high')} * 256")
-            kernel.line(f"n += {_dots(part, scale, 'low')}")
+            # NOTE: the compiler would begin one sum with the other, and its products would wait.
+            kernel.line(f"n = {_dots(part, scale, 'low')}")
+            kernel.line(f"n -= {_dots(part, scale, 'high')} * -256")
         else:
             kernel.line(f"n = {_dots(part, scale, 'n')}")
         if less:
