@@ -8,7 +8,7 @@ GCN, the same in plain Triton, and what they mean, which is `tests/targets/test_
     bytes_<n>x<b>       i16 -> n i16    codes of b bits of each plane, both bytes; those of 8 bits
                                         are counted from 128, as signed bytes are
     halves_<n>x<b>      i16 -> 2n f16   the same of the even byte, then of the odd one, as float16:
-                                        plane i is worth 2^(i b - 24)
+                                        plane i is worth 2^(8 i / n - 24)
     ..._<table>                         the operands in a table of 16 that they name
 
 With `moved`, a second operand says by how many bits the register is shifted first.
@@ -74,9 +74,14 @@ class Planes:
         parts = (stored[i : i + 4] for i in range(0, len(stored), 4))
         return tuple(int.from_bytes(bytes(part), "little") for part in parts)
 
+    @property
+    def apart(self) -> int:
+        """Bits from one plane to the next in a half-word; those of a table stand by themselves."""
+        return 0 if self.table else 8 // self.planes
+
     def mask(self, plane: int) -> int:
         """Return the mask of a plane: of one byte, or of one half-word."""
-        return ((1 << self.bits) - 1) << (0 if self.kind == BYTES else plane * self.bits)
+        return ((1 << self.bits) - 1) << (0 if self.kind == BYTES else plane * self.apart)
 
     @property
     def instructions(self) -> tuple[str, ...]:
@@ -155,27 +160,42 @@ class Planes:
         names = [f"t{i}" for i in range(len(self.constants))]
         for name, word in zip(names, self.constants, strict=True):
             head += f"    {name} = tl.full(x.shape, 0x{word:08X}, tl.int32)\n"
-        outs = "=v" if len(self.instructions) == 1 else "=&v"
-        operands = [*arguments.split(", "), *names]
+        operands = (*arguments.split(", "), *names)
         # NOTE: two numbers of 32 bits are two registers, both the same.
-        registers = [outs] * self.results + ["v"] * (len(operands) + len(names))
+        registers = len(operands) + len(names)
         kind = "tl.int16" if self.kind == BYTES else "tl.float16"
-        dtype = kind if self.results == 1 else f"({', '.join([kind] * self.results)})"
-        # NOTE: lines that begin in the first column are not counted as instructions.
-        text = "\\n\\t".join(self.instructions)
-        call = (
-            f"tl.inline_asm_elementwise(\n"
-            f'        "{text}",\n'
-            f'        "{",".join(registers)}",\n'
-            f"        [{', '.join(operands)}],\n"
-            f"        dtype={dtype},\n"
-            f"        is_pure=True,\n"
-            f"        pack=2,\n"
-            f"    )\n"
-        )
+        call = assembly(self.instructions, [kind] * self.results, operands, registers)
         if self.table and self.kind == BYTES:
             return f"{head}    _, _, low, high = {call}    return low, high\n"
         return f"{head}    return {call}"
+
+
+def assembly(
+    lines: tuple[str, ...], results: list[str], operands: tuple[str, ...], registers: int
+) -> str:
+    """Return a call of assembly on two half-words.
+
+    Args:
+        lines: instructions.
+        results: type of each.
+        operands: in Triton.
+        registers: that the operands are in.
+    """
+    outs = "=v" if len(lines) == 1 else "=&v"
+    constraints = [outs] * len(results) + ["v"] * registers
+    # NOTE: lines that begin in the first column are not counted as instructions.
+    text = "\\n\\t".join(lines)
+    dtype = results[0] if len(results) == 1 else f"({', '.join(results)})"
+    return (
+        f"tl.inline_asm_elementwise(\n"
+        f'        "{text}",\n'
+        f'        "{",".join(constraints)}",\n'
+        f"        [{', '.join(operands)}],\n"
+        f"        dtype={dtype},\n"
+        f"        is_pure=True,\n"
+        f"        pack=2,\n"
+        f"    )\n"
+    )
 
 
 def _halves_of_bytes() -> tuple[str, ...]:

@@ -234,6 +234,8 @@ def _write_byte_products(
             kernel.line(f"n = n >> {(units[i - 1] // unit).bit_length() - 1}")
         own = tuple(cell for cell in cells if cell.unit == unit)
         kernel.line(f"n = {_dots(own, 'n', 'n' if i or start else '')}")
+    if units[-1] > 1:
+        kernel.line(f"n = n >> {units[-1].bit_length() - 1}")
     kernel.line("n = n.to(tl.float32)")
 
 

@@ -13,9 +13,8 @@ from __future__ import annotations
 from ..ir.halves import TILE
 from ..ir.plan import AttentionPlan, StreamPlan
 from ..ir.planes import code_bits, offset
-from .gpu_gcn import BYTES, Planes
 from .gpu_lane_values import fetched_values, write_partials, write_sums, write_values, write_weights
-from .gpu_lanes import Keys, Stored, keys_of, scale_in, values_of
+from .gpu_lanes import Keys, Row, Stored, keys_of, scale_in, values_of
 from .gpu_pages import declare_pages
 from .gpu_prepare import declare_codes
 from .gpu_text import LOG2_E, Kernel, across, both, load, padded, write_softcap
@@ -58,7 +57,7 @@ def in_turn(x):
 
 def sequences_text(plan: AttentionPlan, *, plain: bool) -> str:
     """Return the functions that the kernel calls."""
-    found: set[Planes] = {part.sequence for part in keys_of(plan)}
+    found = {one.sequence for part in keys_of(plan) for one in part.unpacked}
     found |= {part.sequence for part in values_of(plan.v)}
     texts = (one.source(plain=plain) for one in sorted(found, key=lambda one: one.name))
     return "".join(texts) + HELPERS
@@ -139,7 +138,7 @@ def _fetched_keys(plan: AttentionPlan, k: tuple[Keys, ...]) -> list[tuple[str, s
     """Return (name, load) of all that a tile of keys is."""
     found, inside = [], _inside(plan.k)
     for part in k:
-        found.append((f"{part.name}_words", _load_rows(part, inside)))
+        found += [(row.name, _load_rows(part, row, inside)) for row in part.rows]
         if per_channel(part.reader):
             found += _channel_words(part)
             continue
@@ -154,14 +153,15 @@ def _stored(part: Keys) -> list[Stored]:
     return [*(scale_in(reader, scale) for scale in part.all_scales), *zeros]
 
 
-def _load_rows(part: Keys, inside: str) -> str:
-    """Return the load of a tile: half-words of each token, [tokens, row / 2]."""
+def _load_rows(part: Keys, row: Row, inside: str) -> str:
+    """Return the load of rows of a tile: half-words of each token, [tokens, row / 2]."""
     portions = f"tl.arange(0, {part.portions})"
     last = part.row // 2 // part.portion - 1
     portions = portions if last + 1 == part.portions else f"tl.minimum({portions}, {last})"
     token = f"({inside} + t)" if inside else "t"
-    offset = part.reader.part.field("codes").offset // 2
-    at = f"k_int16 + k_block // 2 + {offset} + {token}[None, :, None] * {part.row // 2}"
+    field = part.reader.part.field(row.field)
+    offset = (field.offset + row.first) // 2
+    at = f"k_int16 + k_block // 2 + {offset} + {token}[None, :, None] * {field.shape[1] // 2}"
     at += f" + {portions}[:, None, None] * {part.portion}"
     at += f" + tl.arange(0, {part.portion})[None, None, :]"
     shape = f"({TILE}, {part.wide // 2})"
@@ -278,15 +278,15 @@ def _write_scores(kernel: Kernel, plan: AttentionPlan, k: tuple[Keys, ...]) -> N
 
 def _write_unpacked(kernel: Kernel, part: Keys) -> None:
     """Bind <part>_k<product>, the operands of the products, [terms, N]."""
-    planes, sequence = range(part.reader.part.planes), part.sequence
-    kinds = ("even", "odd") if sequence.kind != BYTES else ("bytes",)
-    names = [f"{part.name}_{kind}_{i}" for kind in kinds for i in planes]
-    kernel.line(f"{', '.join(names)} = {sequence.name}({part.name}_words)")
+    kinds = ("bytes",) if part.is_exact else ("even", "odd")
+    for one in part.unpacked:
+        names = [f"{part.name}_{kind}_{i}" for kind in kinds for i in one.planes]
+        kernel.line(f"{', '.join(names)} = {one.sequence.name}({one.operands})")
     for product in part.products:
         text = ""
         for i in part.planes(product):
             plane = f"by_turns({part.name}_even_{i}, {part.name}_odd_{i})"
-            if sequence.kind == BYTES:
+            if part.is_exact:
                 plane = f"in_bytes({part.name}_bytes_{i})"
             kernel.line(f"plane_{i} = {plane}")
         names = [f"plane_{i}" for i in part.planes(product)]
@@ -301,12 +301,13 @@ def _write_token_scores(kernel: Kernel, plan: AttentionPlan, part: Keys) -> None
     reader, fmt = part.reader, part.reader.coded()
     middle = offset(fmt) if not has_zero(reader) else 0
     # Bytes of whole codes are counted from 128.
-    less = middle - (128 if code_bits(fmt) == 8 and not part.sequence.table else 0)
+    less = middle - (128 if code_bits(fmt) == 8 else 0)
     for number, scale in enumerate(part.all_scales):
         total = f"{part.name}_sum_{scale}[:, None]"
         if plan.query_bits == 16:
-            kernel.line(f"n = {_dots(part, scale, 'high')} * 256")
-            kernel.line(f"n += {_dots(part, scale, 'low')}")
+            # NOTE: the compiler would begin one sum with the other, and its products would wait.
+            kernel.line(f"n = {_dots(part, scale, 'low')}")
+            kernel.line(f"n -= {_dots(part, scale, 'high')} * -256")
         else:
             kernel.line(f"n = {_dots(part, scale, 'n')}")
         if less:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..ir.arrangements import TURNED
 from ..ir.halves import TILE
 from ..ir.plan import AttentionPlan
-from .gpu_lanes import PORTION, Stored, Values, scale_in
+from .gpu_lanes import PORTION, Row, Stored, Values, scale_in
 from .gpu_sources import pieces_of
 from .gpu_text import LN_2, Kernel, both
 from .gpu_tiles import affine, has_zero, middle_of
@@ -18,7 +18,7 @@ def fetched_values(v: tuple[Values, ...]) -> list[tuple[str, str]]:
     for part in v:
         reader = part.reader
         inside = "" if reader.layout.tokens == TILE else "v_in"
-        found.append((f"{part.name}_words", _load_columns(part, inside)))
+        found += [(row.name, _load_columns(part, row, inside)) for row in part.columns]
         names = [scale_in(reader, scale) for scale in part.all_scales]
         if has_zero(reader):
             names += [Stored(reader, "zero", scale) for scale in part.all_scales]
@@ -26,12 +26,14 @@ def fetched_values(v: tuple[Values, ...]) -> list[tuple[str, str]]:
     return found
 
 
-def _load_columns(part: Values, inside: str) -> str:
+def _load_columns(part: Values, row: Row, inside: str) -> str:
     """Return the load of a tile: half-words of two tokens of each column, [columns, N / 2]."""
-    size, offset = part.reader.layout.tokens, part.reader.part.field("codes").offset
+    size, field = part.reader.layout.tokens, part.reader.part.field(row.field)
     more = f" + {inside} // 2" if inside else ""
-    at = f"v_int16 + v_block // 2 + {offset // 2}{more}"
-    at += f" + {part.name}_column[None, :, None] * {size // 2}"
+    column = f"{part.name}_column"
+    column = column if field.shape[1] == part.row else f"({column} % {field.shape[1]})"
+    at = f"v_int16 + v_block // 2 + {field.offset // 2}{more}"
+    at += f" + {column}[None, :, None] * {size // 2}"
     at += f" + tl.arange(0, {TILE // 2 // PORTION})[:, None, None] * {PORTION}"
     at += f" + tl.arange(0, {PORTION})[None, None, :]"
     shape = f"({part.wide}, {TILE // 2})"
@@ -42,8 +44,9 @@ def write_sums(kernel: Kernel, v: tuple[Values, ...], rows: int) -> None:
     """Bind the outputs, what the loop adds up beside them, and the column of each lane."""
     for part in v:
         kernel.line(f"{part.name}_column = {part.column}")
-        if part.sequence.moved:
-            kernel.line(f"{part.name}_moved = ({part.moved})[:, None] + {_no_tokens()}")
+        for name, bits in part.moves.items():
+            moved = f"({bits}).to(tl.int16)[:, None] + {_no_tokens()}"
+            kernel.line(f"{part.name}_{name} = {moved}")
         for i in range(part.planes):
             for scale in part.scales(i):
                 shape = f"({rows}, {part.wide})"
@@ -108,8 +111,8 @@ def write_values(kernel: Kernel, v: tuple[Values, ...]) -> None:
     """Add the products of weights and codes to the outputs."""
     for part in v:
         names = [f"{part.name}_{kind}_{i}" for kind in ("even", "odd") for i in range(part.planes)]
-        moved = f", {part.name}_moved" if part.sequence.moved else ""
-        kernel.line(f"{', '.join(names)} = {part.sequence.name}({part.name}_words{moved})")
+        given = [row.name for row in part.columns] + [f"{part.name}_{x}" for x in part.moves]
+        kernel.line(f"{', '.join(names)} = {part.sequence.name}({', '.join(given)})")
         for i in range(part.planes):
             codes = f"tl.trans(by_turns({part.name}_even_{i}, {part.name}_odd_{i}))"
             kernel.line(f"codes = {codes}")

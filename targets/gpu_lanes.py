@@ -10,6 +10,7 @@ is one number a lane.
     values      pages hold their codes turned around (`ir/arrangements.py`): a lane loads a column
     narrow      columns of fewer than 64 bytes are loaded by several lanes, each of which unpacks
                 some of the planes: its codes are moved to the lowest bits first
+    three bits  third bits are loaded beside the others (`gpu_gcn_triples.py`)
 
 Where the channels of a product have several scales, its queries are masked, or its sums are picked
 lane by lane, so that no code meets a scale. The arithmetic is that of `gpu_whole.py`.
@@ -27,9 +28,10 @@ from ..ir.arrangements import TILES, TURNED
 from ..ir.encodings import Bfp, Drop, Int, Lut
 from ..ir.layouts import Part
 from ..ir.plan import AttentionPlan, StreamPlan
-from ..ir.planes import code_bits
+from ..ir.planes import code_bits, low_bits
 from .gpu_gcn import BYTES, HALVES, Planes
-from .gpu_pages import PageReader, as_scale, coded, readers_of
+from .gpu_gcn_triples import ABOVE, Triples
+from .gpu_pages import PageReader, as_scale, readers_of
 from .gpu_text import as_f32, padded
 
 LANES = 64
@@ -38,6 +40,36 @@ MOST_HEADS = 8
 """Heads of a group: for more of them, products of 16 rows and 16 columns are fewer."""
 PORTION = 8
 """Half-words of 16 bytes, the most that a lane loads at once."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Bytes that a lane loads: of keys a row of its token, of values a column.
+
+    Attributes:
+        name: what they are bound to.
+        field: of the page.
+        first: byte of a token that it begins with.
+    """
+
+    name: str
+    field: str
+    first: int = 0
+
+
+@dataclass(frozen=True)
+class Unpacked:
+    """One call of what unpacks planes.
+
+    Attributes:
+        sequence: what is called.
+        operands: as text.
+        planes: that come out.
+    """
+
+    sequence: Planes | Triples
+    operands: str
+    planes: range
 
 
 @dataclass(frozen=True)
@@ -59,8 +91,8 @@ class Keys:
 
     @property
     def row(self) -> int:
-        """Bytes of a token."""
-        return self.reader.part.field("codes").shape[1]
+        """Bytes of a plane of a token: all of its bytes, but where codes have three bits."""
+        return self.reader.part.plane
 
     @property
     def portion(self) -> int:
@@ -74,7 +106,7 @@ class Keys:
 
     @property
     def wide(self) -> int:
-        """Bytes of a token in a lane."""
+        """Bytes of such a row in a lane."""
         return 2 * self.portion * self.portions
 
     @property
@@ -93,10 +125,25 @@ class Keys:
         return self.wide * self.joined
 
     @property
-    def sequence(self) -> Planes:
+    def rows(self) -> tuple[Row, ...]:
+        """What is loaded of a token."""
+        if not has_thirds(self.reader):
+            return (Row(f"{self.name}_words", "codes"),)
+        low = (Row(f"{self.name}_words_{half}", "codes", half * self.row) for half in (0, 1))
+        return (*low, Row(f"{self.name}_high", "high"))
+
+    @property
+    def unpacked(self) -> tuple[Unpacked, ...]:
         """What unpacks all planes."""
-        kind = BYTES if self.is_exact else HALVES
-        return planes_of(self.reader, kind, self.reader.part.planes)
+        kind, names = BYTES if self.is_exact else HALVES, [row.name for row in self.rows]
+        if not has_thirds(self.reader):
+            planes = self.reader.part.planes
+            sequence = planes_of(self.reader, kind, planes)
+            return (Unpacked(sequence, names[0], range(planes)),)
+        return tuple(
+            Unpacked(Triples(kind, 4, half), f"{names[half]}, {names[2]}", range(half, 8, 2))
+            for half in (0, 1)
+        )
 
     def planes(self, product: int) -> tuple[int, ...]:
         """Return the planes of a product; where they are too few, the last one again."""
@@ -138,12 +185,14 @@ class Keys:
 
     def raised(self, product: int, each: int = 1) -> str:
         """Return 2^(bits below a term's plane), f32, of every `each` term, or "" if all are 1."""
-        first = product * self.joined * code_bits(self.reader.coded())
+        first, bits = product * self.joined, low_bits(self.reader.coded())
+        shared = 2 if has_thirds(self.reader) else 1
         if self.joined == 1:
-            return repr(2.0**first) if first else ""
+            below = first // shared * bits
+            return repr(2.0**below) if below else ""
         plane = f"tl.arange(0, {self.terms // each}) // {self.wide // each}"
-        bits = code_bits(self.reader.coded())
-        power = f"((127 + {first} + {bits} * ({plane})) << 23)"
+        plane = f"({plane} + {first})" + (f" // {shared}" if shared > 1 else "")
+        power = f"((127 + {bits} * ({plane})) << 23)"
         return f"{power}.to(tl.float32, bitcast=True)[None, :]"
 
     def _term(self, product: int, each: int, more: int) -> str:
@@ -185,20 +234,33 @@ class Values:
 
     @property
     def shares(self) -> int:
-        """Lanes that share a column, each with planes of its own; tables unpack all at once."""
+        """Lanes that share a column, each with every so manyth plane; tables unpack all at once."""
         if isinstance(self.reader.coded(), Lut):
             return 1
-        return min(self.reader.part.planes, self.wide // padded(self.row))
+        return min(self._planes, self.wide // padded(self.row))
 
     @property
     def planes(self) -> int:
         """Planes that a lane unpacks."""
-        return self.reader.part.planes // self.shares
+        return self._planes // self.shares
 
     @property
-    def sequence(self) -> Planes:
+    def _planes(self) -> int:
+        """Planes of a column of the field of codes."""
+        return 8 // low_bits(self.reader.coded())
+
+    @property
+    def sequence(self) -> Planes | Triples:
         """What unpacks them."""
+        if has_thirds(self.reader):
+            return Triples(HALVES, self.planes)
         return planes_of(self.reader, HALVES, self.planes, moved=self.shares > 1)
+
+    @property
+    def columns(self) -> tuple[Row, ...]:
+        """What a lane loads: two columns share one of third bits."""
+        words, high = Row(f"{self.name}_words", "codes"), Row(f"{self.name}_high", "high")
+        return (words, high) if has_thirds(self.reader) else (words,)
 
     @property
     def column(self) -> str:
@@ -209,20 +271,25 @@ class Values:
         return inside if padded(self.row) == self.row else f"tl.minimum({inside}, {self.row - 1})"
 
     @property
-    def moved(self) -> str:
-        """The bits by which each lane moves its codes."""
+    def moves(self) -> dict[str, str]:
+        """By how many bits each lane moves what it loads, by the name of the operand."""
         lane = f"tl.arange(0, {self.wide}) // {padded(self.row)}"
         # Lanes beyond the last share do what the first one does.
         share = lane if self.shares * padded(self.row) == self.wide else f"{lane} % {self.shares}"
-        return f"({share} * {self.planes * code_bits(self.reader.coded())}).to(tl.int16)"
+        found = {"by": f"{share} * {low_bits(self.reader.coded())}"} if self.shares > 1 else {}
+        if not has_thirds(self.reader):
+            return found
+        down = f"{self.name}_column // {self.row // 2} + {32 - ABOVE}"
+        own = f"{found['by']} + " if found else ""
+        return {"turn": f"({own}{down}) % 32", **found}
 
     def channels(self, plane: int) -> str:
         """Return the channel of the head of each lane."""
         share = f"tl.arange(0, {self.wide}) // {padded(self.row)}"
-        first = self.reader.part.first + plane * self.reader.part.plane
+        first = self.reader.part.first + plane * self.shares * self.row
         channel = f"{self.name}_column"
         if self.shares > 1:
-            channel = f"{share} * {self.planes * self.reader.part.plane} + {channel}"
+            channel = f"{share} * {self.row} + {channel}"
         return f"{channel} + {first}" if first else channel
 
     @property
@@ -238,11 +305,11 @@ class Values:
 
     def scales(self, plane: int) -> tuple[int, ...]:
         """Return the numbers of the scales of a token that the lanes of a plane have."""
-        group, part = self.reader.coded().group_channels, self.reader.part
+        group = self.reader.coded().group_channels
         if group == 1:
             return (0,)
-        planes = np.arange(self.shares)[:, None] * self.planes + plane
-        channels = planes * part.plane + np.arange(part.plane)
+        planes = np.arange(self.shares)[:, None] + plane * self.shares
+        channels = planes * self.row + np.arange(self.row)
         return tuple(int(x) for x in np.unique(channels // group))
 
     def scale_of(self, plane: int) -> str:
@@ -253,8 +320,7 @@ class Values:
 
     def unit(self, plane: int) -> float:
         """Return what a code of 1 is worth in a product."""
-        bits = 0 if self.sequence.table else self.sequence.bits
-        return 2.0 ** (plane * bits - 24)
+        return 2.0 ** (plane * self.sequence.apart - 24)
 
     @property
     def all_scales(self) -> tuple[int, ...]:
@@ -263,7 +329,7 @@ class Values:
 
 
 def is_wide(plan: AttentionPlan) -> bool:
-    """Return whether a plan in tiles is read so: no codes of three bits, no sparse entries."""
+    """Return whether a plan in tiles is read so: no sparse entries."""
     if plan.group > MOST_HEADS:
         return False
     parts = (*plan.k.page_layout().parts, *plan.v.page_layout().parts)
@@ -272,8 +338,7 @@ def is_wide(plan: AttentionPlan) -> bool:
 
 def _is_wide(part: Part) -> bool:
     """Return whether a lane unpacks a part: its rows, and columns, are whole half-words."""
-    is_plain = part.sparse is None and code_bits(coded(part)) != 3
-    return is_plain and part.field("codes").shape[1] % 2 == 0
+    return part.sparse is None and part.plane % 2 == 0
 
 
 def keys_of(plan: AttentionPlan) -> tuple[Keys, ...]:
@@ -287,6 +352,11 @@ def keys_of(plan: AttentionPlan) -> tuple[Keys, ...]:
 def values_of(stream: StreamPlan) -> tuple[Values, ...]:
     """Return the parts of the values that pages hold."""
     return tuple(Values(reader) for reader in readers_of(stream, TURNED) if reader.is_stored)
+
+
+def has_thirds(reader: PageReader) -> bool:
+    """Return whether the third bits of codes lie in a field of their own."""
+    return code_bits(reader.coded()) == 3
 
 
 def planes_of(reader: PageReader, kind: str, planes: int, *, moved: bool = False) -> Planes:

@@ -96,6 +96,8 @@ OPCODES: dict[str, Callable[..., Array]] = {
     "v_lshlrev_b32": lambda by, x: x << (by & 31),
     "v_and_or_b32": lambda a, b, c: (a & b) | c,
     "v_lshl_or_b32": lambda a, by, c: (a << (by & 31)) | c,
+    "v_bfi_b32": lambda mask, a, b: (mask & a) | (~mask & b),
+    "v_alignbit_b32": lambda high, low, by: (high << 32 | low) >> (by & 31),
     "v_bfe_u32": lambda a, by, width: (a >> (by & 31)) & ((1 << (width & 31)) - 1),
     "v_perm_b32": perm,
     "v_pk_mul_f16": halves_times,
