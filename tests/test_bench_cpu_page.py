@@ -98,6 +98,6 @@ def test_two_bits_beside_four_show_both_errors() -> None:
 
 def test_a_ratio_that_no_attention_exceeds_follows_from_the_free_run() -> None:
     found = {"ours_ms": {"median": 200.0}, "peer_ms": {"median": 400.0}}
-    text = cpu_model._at_most(found | {"third_ms": {"median": 100.0}})
+    text = cpu_model._at_most(found | {"third_ms": {"median": 100.0}}, tokens=4)
     assert "40.0 tokens/s, which is 50% of our time: no attention reaches more than 4.00" in text
-    assert cpu_model._at_most({"refused": "x"}) == ""
+    assert cpu_model._at_most({"refused": "x"}, tokens=4) == ""

@@ -32,7 +32,7 @@ from .cpu_pairs_long import PAIRS_LONG
 Record = Callable[[str, object], None]
 SHORT = PLANS | {f"pairs-{i}": plan for i, plan in enumerate(PAIRS)}
 LONG = {f"pairs-long-{i}": plan for i, plan in enumerate(PAIRS_LONG)}
-IN_ALL, IN_ALL_LONG = 3_000, 4_836
+IN_ALL, IN_ALL_LONG = 2_000, 4_836
 BULK, THREADS = 8, 6
 # Of a vector of values of INTEGER, which are those of a register.
 LANES = this_cpu().vector // 4
