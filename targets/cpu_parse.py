@@ -1,7 +1,8 @@
-"""From the text of a kernel to TVM's functions, in half the time that TVM's own reader takes.
+"""From the text of a kernel to TVM's functions, faster than TVM's own reader.
 
-TVM evaluates each node of an expression by itself. What kernels are written in is Python, so an
-expression can be evaluated as a whole; statements are TVM's own.
+That one evaluates each node of an expression by itself, and most of a compile was spent there. What
+kernels are written in is Python, so an expression can be evaluated as a whole; statements are TVM's
+own.
 """
 
 from __future__ import annotations

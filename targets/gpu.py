@@ -55,8 +55,17 @@ HEAD += "import triton\nimport triton.language as tl\n"
 # AMD's matrix products have 16 columns, or 4 rows and 64 columns (`gpu_lanes.py`); its compiler
 # takes no four bytes as an operand of assembly.
 DIALECTS = {
-    "cuda": Dialect(PTX, "tf32x3", 32, 8, has_bytes=True, least_rows=8, stages=3),
-    "hip": Dialect(GCN, "ieee", 64, 16, has_bytes=False, least_rows=16, stages=2, lanes=True),
+    "cuda": Dialect(PTX, "tf32x3", threads=32, period=8, has_bytes=True, least_rows=8, stages=3),
+    "hip": Dialect(
+        GCN,
+        "ieee",
+        threads=64,
+        period=16,
+        has_bytes=False,
+        least_rows=16,
+        stages=2,
+        lanes=True,
+    ),
 }
 
 
