@@ -85,7 +85,7 @@ def emit(
         dialect = replace(dialect, rest=PART, new=PLAIN_NEW)
     (k, v), shape = kinds(plan, dialect), shape_of(plan, shared)
     kernels = (
-        prepare(plan, codes=k == TILES),
+        prepare(plan, codes=k == TILES, looked=dialect.has_bytes),
         append(plan, (k, v), dialect),
         attend_tiles(plan, dialect) if k == TILES else attend(plan, dialect),
         unpack(plan, dialect, shape.tokens),

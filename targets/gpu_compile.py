@@ -21,6 +21,8 @@ ENVIRONMENT = {
     # AMD's loads by descriptors: 4 instructions to make one, and no fewer for what it loads.
     "AMDGCN_USE_BUFFER_OPS": "0",
 }
+WORDS = "/* words */"
+"""What assembly begins with that moves bytes within a register; see `gpu_sequences.py`."""
 POINTERS_ALIGNED = 16
 """Bytes: what the compiler may believe of every array; the launcher holds to it."""
 
@@ -45,6 +47,7 @@ def main(folder: Path) -> None:
         if kernel["registers"] is not None and target.backend == "cuda":
             options["maxnreg"] = kernel["registers"]
         made = triton.compile(source, target=target, options=options)
+        check_words(made.asm["ttgir"])
         binary = made.asm["cubin" if target.backend == "cuda" else "hsaco"]
         facts = {
             "entry": made.metadata.name,
@@ -56,6 +59,20 @@ def main(folder: Path) -> None:
         (folder / f"{name}.bin").write_bytes(binary)
         (folder / f"{name}.s").write_text(made.asm.get("amdgcn", ""))
         (folder / f"{name}.json").write_text(json.dumps(facts))
+
+
+def check_words(text: str) -> None:
+    """Raise ValueError where assembly marked WORDS has no four neighbours in its registers.
+
+    A register has the elements that a thread holds one after the other: neighbours of a row where
+    they are an operand of a product of bytes. Elsewhere they may belong to several rows.
+
+    Args:
+        text: of a kernel, in Triton's last form that has layouts.
+    """
+    for line in text.splitlines():
+        if WORDS in line and "kWidth = 4" not in line.split("->")[-1]:
+            raise ValueError(f"a table's codes are not an operand: {line.split('->')[-1]}")
 
 
 def _import(path: Path) -> Any:

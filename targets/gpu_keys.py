@@ -48,8 +48,7 @@ def write_queries(kernel: Kernel, plan: AttentionPlan, k: tuple[Block, ...]) -> 
     kernel.line(f"factor = {step}" + (f" * {worth!r}" if worth != 1.0 else ""))
     for reader, group, cells in groups_of(k):
         for cell in cells:
-            channels = cell.channels if plan.query_bits is not None else cell.stored
-            codes = _query(plan, channels, cell.inside, "query_codes")
+            codes = _query(plan, cell.stored, cell.inside, "query_codes")
             _write_query(kernel, plan, cell, codes)
         if plan.query_bits is not None:
             _write_query_sums(kernel, plan, reader, group, cells)
@@ -257,8 +256,9 @@ def _dots(cells: tuple[Cell, ...], queries: str, text: str = "") -> str:
     """Return the products of some cells with their queries, added to a sum if one is named."""
     kind = "tl.float32" if cells[0].block.halves else "tl.int32"
     for cell in cells:
-        more = f", {text}" if text else ""
-        text = f"tl.dot({cell.operand}, {cell.name}_{queries}{more}, out_dtype={kind})"
+        for operand in cell.operands:
+            more = f", {text}" if text else ""
+            text = f"tl.dot({operand}, {cell.name}_{queries}{more}, out_dtype={kind})"
     return text
 
 

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from ..ir.attention import largest_query
-from ..ir.encodings import Dense
+from ..ir.encodings import Dense, Lut
 from ..ir.plan import AttentionPlan
 from ..ir.planes import low_bits
 from .gpu_maps import channel_mask, load_block, write_maps
 from .gpu_text import Kernel, both, write_rint
-from .gpu_tiles import block_bytes, plane_bytes
+from .gpu_tiles import block_bytes, looked_first, plane_bytes
 from .kernel_text import constant_arguments
 
 ROWS = 4
 """Rows (query, head of the group) of one program: row = t * G + g."""
 
 
-def prepare(plan: AttentionPlan, *, codes: bool) -> Kernel:
+def prepare(plan: AttentionPlan, *, codes: bool, looked: bool) -> Kernel:
     """Return the kernel that turns q [B, Hq, T, D] into `query`, rows ordered [B, H, T, G].
 
     query = scale * maps(q); under compute = int, rounded to steps of max|q| / `largest_query`.
     `codes`: write what matrix units take as `query_codes` too, and what a code of one is worth as
-    `query_step`: those integers, or where scales of channels meet them `_write_halves`.
+    `query_step`: those integers, or where scales of channels meet them `_write_halves`. `looked`:
+    integers that meet tables lie in the order in which `gpu_tiles.Looked` has them.
     Grid: (B H, ceil(T G / ROWS)).
     """
     kernel, width = Kernel("prepare"), plan.k.channels
@@ -46,13 +47,34 @@ def prepare(plan: AttentionPlan, *, codes: bool) -> Kernel:
     mask = both("here[:, None]", channel_mask(width))
     place = f"(bh * rows + row)[:, None] * {width} + c[None, :]"
     if codes and plan.query_bits is not None:
-        kernel.line(f"tl.store(query_codes + {place}, n.to(tl.int{plan.query_bits}), mask={mask})")
+        if looked:
+            _write_looked(kernel, plan)
+        own = place.replace("c[", "target[") if looked else place
+        kernel.line(f"tl.store(query_codes + {own}, n.to(tl.int{plan.query_bits}), mask={mask})")
         worth = f"(step * {plan.scale!r}).to(tl.float32)"
         kernel.line(f"tl.store(query_step + bh * rows + row, {worth}, mask=here)")
     elif codes:
         _write_halves(kernel, plan, mask)
     kernel.line(f"tl.store(query + {place}, single, mask={mask})")
     return kernel
+
+
+def _write_looked(kernel: Kernel, plan: AttentionPlan) -> None:
+    """Bind `target`, where the queries of each channel go: of a table, by pairs of bytes."""
+    kernel.line("target = c")
+    for part in plan.k.page_layout().parts:
+        if isinstance(part.format, Lut):
+            kernel.note("tables: of each word's first two bytes, then of its last two")
+            plane, width = plane_bytes(part), block_bytes(part)
+            inside = f"(c >= {part.first}) & (c < {part.first + part.width})"
+            kernel.line(f"byte = (c - {part.first}) % {plane}")
+            kernel.line(f"column = byte % {width}")
+            kernel.line(
+                f"number = column // 4 * 4 + column % 2 * 2 + (c - {part.first}) // {plane}"
+            )
+            half = f"column % 4 // 2 * {looked_first(width)}"
+            own = f"{part.first} + (byte - column) * 2 + {half} + number"
+            kernel.line(f"target = tl.where({inside}, {own}, target)")
 
 
 def declare_codes(kernel: Kernel, plan: AttentionPlan) -> None:

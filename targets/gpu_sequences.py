@@ -9,10 +9,11 @@ half-word and finds the plain form.
     bytes_<s>_<m>       u8 -> i8      (x >> s) & m of each byte; _f: its highest bit turned over
     halves_<s>_<m>      i16 -> f16    (x >> s) & m of each half-word, as float16: m 2^-24, exactly,
                                       for a subnormal of float16 is an integer of steps of 2^-24
-    entries_<t>         u8 -> i8      the operand in table t of the low code of each byte, and of
-                                      the high one; two results
-    entry_halves_<t>    i16 -> f16    the same of each half-word, even bytes and then odd ones, as
-                                      float16; four results
+    entry_halves_<t>    i16 -> f16    the operand in table t of the low code of the even byte, and
+                                      of the high one, then of the odd byte; four results
+    entries_apart_<t>   u8 -> i8      the same of pairs of bytes of each word, as they are looked
+                                      up: see `EntriesApart`; four results
+    hold_tables         i32 -> i32    nothing to x; fills the registers that tables lie in
     triples             u8 -> i8      codes of three bits: their low two in a byte, four planes of
                                       them, and their third in a byte of another field; four results
     triple_halves       i16 -> f16    the same of each half-word; eight results
@@ -23,13 +24,14 @@ Source of the subnormals: IEEE 754, binary16; matrix units of NVIDIA since sm_80
 CDNA3 multiply them at full rate (CUDA and CDNA3 ISA manuals). No bias is left to remove. Tables: a
 byte permutation picks four of eight bytes. With bit 3 set, a selector of PTX's `prmt` gives copies
 of the sign of a byte, and operands have none: so the half of the table that a code does not name
-gives zero, and both halves are combined by `or`.
+gives zero, and both halves are combined by `or`, or each has a product of its own.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .gpu_compile import WORDS
 from .kernel_text import chosen_word
 
 PTX, GCN, PLAIN = "ptx", "gcn", "plain"
@@ -105,42 +107,33 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True)
 class Entries:
-    """The operands in a table that codes of 4 bits name, in all lanes of a 32-bit register.
+    """The operands in a table that codes of 4 bits name, in both half-words of a 32-bit register.
+
+    Results are f16 of the low and of the high code of the even byte, then of the odd byte.
 
     Attributes:
-        lanes: bits of a lane, 8 or 16; results are i8 of the low and of the high code of a byte,
-            or f16 of those of the even byte and of the odd byte.
         operands: sixteen, 0..127 each.
     """
 
-    lanes: int
     operands: tuple[int, ...]
+    lanes: int = 16
+    results: int = 4
 
     @property
     def name(self) -> str:
         """Name of the function: with the whole table, for two may differ in one entry."""
-        kind = "entries" if self.lanes == 8 else "entry_halves"
-        return f"{kind}_{bytes(self.operands).hex()}"
-
-    @property
-    def results(self) -> int:
-        """How many registers come out: $0, $1, ...; the operand follows them."""
-        return 2 if self.lanes == 8 else 4
-
-    @property
-    def words(self) -> tuple[str, ...]:
-        """The table as four words."""
-        parts = (self.operands[i : i + 4] for i in range(0, 16, 4))
-        return tuple(f"0x{int.from_bytes(bytes(part), 'little'):08X}" for part in parts)
+        return f"entry_halves_{bytes(self.operands).hex()}"
 
     def instructions(self, form: str) -> tuple[str, ...]:
-        """Return the instructions, which may use the registers w, x, y, z.
+        """Return the instructions, which may use the registers w, x, y, z and those of `Held`.
 
         Args:
             form: PTX; AMD gets the plain form.
         """
-        t, x = self.words, f"${self.results}"
-        look = (
+        t, x = Held(words_of(self.operands)).registers, f"${self.results}"
+        # y: low and high of byte 0, of byte 1; z: of bytes 2 and 3. Selectors from 8 on give zero.
+        order = ("C480", "D591", "E6A2", "F7B3")
+        return (
             f"xor.b32 x, {x}, 0x88888888;",
             f"prmt.b32 y, {t[0]}, {t[1]}, {x};",
             f"prmt.b32 z, {t[2]}, {t[3]}, x;",
@@ -150,21 +143,15 @@ class Entries:
             f"prmt.b32 z, {t[0]}, {t[1]}, w;",
             f"prmt.b32 x, {t[2]}, {t[3]}, x;",
             "or.b32 z, z, x;",
+            *(f"prmt.b32 ${i}, y, z, 0x{order[i]};" for i in range(self.results)),
         )
-        # y: low and high of byte 0, of byte 1; z: of bytes 2 and 3. Selectors from 8 on give zero.
-        order = ("6420", "7531") if self.lanes == 8 else ("C480", "D591", "E6A2", "F7B3")
-        return (*look, *(f"prmt.b32 ${i}, y, z, 0x{order[i]};" for i in range(self.results)))
 
     @property
     def plain(self) -> str:
         """What it does to x, in plain Triton."""
-        cast = ".to(tl.int8)"
-        if self.lanes == 16:
-            cast = ".to(tl.int16).to(tl.float16, bitcast=True)"
-        wide = "x.to(tl.int32)"
-        shifts = (0, 4) if self.lanes == 8 else (0, 4, 8, 12)
-        picked = [f"{_operand(self.operands, wide, shift)}{cast}" for shift in shifts]
-        return ", ".join(picked)
+        cast, wide = ".to(tl.int16).to(tl.float16, bitcast=True)", "x.to(tl.int32)"
+        codes = (f"(({wide} >> {shift}) & 15)" for shift in (0, 4, 8, 12))
+        return ", ".join(f"{_operand(self.operands, code)}{cast}" for code in codes)
 
     def source(self, form: str) -> str:
         """Return the function in Triton.
@@ -173,6 +160,128 @@ class Entries:
             form: PTX, GCN or PLAIN.
         """
         return _function(self, PTX if form == PTX else PLAIN, "{ .reg .b32 w, x, y, z; ")
+
+
+@dataclass(frozen=True, slots=True)
+class EntriesApart:
+    """The operands in a table that codes of 4 bits name, as byte permutations give them.
+
+    Of a word of four bytes: the low and the high code of byte 0 and of byte 1, then of bytes 2 and
+    3; each twice, where codes below 8 and codes from 8 on have their entries, and zeros beside.
+    Products with both add up, so nothing puts them together. The compiler's process checks that
+    four neighbours are in a register.
+
+    Attributes:
+        operands: sixteen, 0..127 each.
+    """
+
+    operands: tuple[int, ...]
+    lanes: int = 8
+    results: int = 4
+
+    @property
+    def name(self) -> str:
+        """Name of the function: with the whole table, for two may differ in one entry."""
+        return f"entries_apart_{bytes(self.operands).hex()}"
+
+    def instructions(self, form: str) -> tuple[str, ...]:
+        """Return the instructions, which may use the registers w, x and those of `Held`.
+
+        Args:
+            form: PTX; AMD has no bytes here.
+        """
+        t, x = Held(words_of(self.operands)).registers, f"${self.results}"
+        return (
+            f"xor.b32 x, {x}, 0x88888888;",
+            f"prmt.b32 $0, {t[0]}, {t[1]}, {x};",
+            f"prmt.b32 $1, {t[2]}, {t[3]}, x;",
+            f"shr.b32 w, {x}, 16;",
+            "shr.b32 x, x, 16;",
+            f"prmt.b32 $2, {t[0]}, {t[1]}, w;",
+            f"prmt.b32 $3, {t[2]}, {t[3]}, x;",
+        )
+
+    @property
+    def plain(self) -> str:
+        """What it does to x [N, bytes], in plain Triton, line by line."""
+        low = _operand(self.operands[:8], "code")
+        high = _operand(self.operands[8:], "code")
+        return f"""\
+    words = tl.reshape(x, (x.shape[0], x.shape[1] // 4, 2, 2)).to(tl.int32)
+    codes = tl.permute(tl.join(words & 15, (words >> 4) & 15), (0, 1, 3, 4, 2))
+    first, second = tl.split(codes)
+    code = tl.reshape(first, x.shape)
+    first_low = tl.where(code < 8, {low}, 0).to(tl.int8)
+    first_high = tl.where(code < 8, 0, {high}).to(tl.int8)
+    code = tl.reshape(second, x.shape)
+    second_low = tl.where(code < 8, {low}, 0).to(tl.int8)
+    second_high = tl.where(code < 8, 0, {high}).to(tl.int8)
+    return first_low, first_high, second_low, second_high"""
+
+    def source(self, form: str) -> str:
+        """Return the function in Triton.
+
+        Args:
+            form: PTX, GCN or PLAIN.
+        """
+        opening = f"{{ {WORDS} .reg .b32 w, x; "
+        return _function(self, PTX if form == PTX else PLAIN, opening)
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Words that registers hold from here on: x is given back, and is not negative.
+
+    A constant that an instruction takes from a register is moved there before each of them, for
+    the assembler finds that cheap. Of these it cannot know that they are constants.
+
+    Attributes:
+        words: the constants, of 32 bits.
+    """
+
+    words: tuple[int, ...]
+    name: str = "hold_tables"
+    lanes: int = 32
+    results: int = 1
+
+    @property
+    def registers(self) -> tuple[str, ...]:
+        """Their names, which stand until the end of the kernel."""
+        return tuple(f"table_{word:08X}" for word in self.words)
+
+    def instructions(self, form: str) -> tuple[str, ...]:
+        """Return the instructions, from $1 to $0.
+
+        Args:
+            form: PTX; AMD gets the plain form.
+        """
+        fill = (
+            f"xor.b32 {register}, $0, 0x{word:08X};"
+            for register, word in zip(self.registers, self.words, strict=True)
+        )
+        return ("shr.u32 $0, $1, 31;", *fill, "mov.b32 $0, $1;")
+
+    @property
+    def plain(self) -> str:
+        """What it does to x, in plain Triton."""
+        return "x"
+
+    def source(self, form: str) -> str:
+        """Return the function in Triton.
+
+        Args:
+            form: PTX, GCN or PLAIN.
+        """
+        # No braces: the registers belong to the whole kernel.
+        registers = f".reg .b32 {', '.join(self.registers)}; "
+        text = _function(self, PTX if form == PTX else PLAIN, registers)
+        return text.replace("is_pure=True", "is_pure=False")
+
+
+def words_of(operands: tuple[int, ...]) -> tuple[int, ...]:
+    """Return a table of sixteen bytes as four words."""
+    parts = (operands[i : i + 4] for i in range(0, 16, 4))
+    return tuple(int.from_bytes(bytes(part), "little") for part in parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,12 +413,11 @@ def _lanes(lane: int, lanes: int) -> int:
     return sum(lane << at for at in range(0, 32, lanes))
 
 
-Unpacker = Sequence | Entries | Triples | Times | Named
+Unpacker = Sequence | Entries | EntriesApart | Held | Triples | Times | Named
 
 
-def _operand(operands: tuple[int, ...], x: str, shift: int) -> str:
-    """Return the operand that the code at a bit of x names, i32, in plain Triton."""
-    code = f"(({x} >> {shift}) & 15)"
+def _operand(operands: tuple[int, ...], code: str) -> str:
+    """Return the operand that a code names, i32, in plain Triton."""
 
     def choose(bit: int, high: str, low: str) -> str:
         return f"tl.where(({code} & {bit}) != 0, {high}, {low})"
@@ -330,13 +438,14 @@ def _function(sequence: Unpacker, form: str, registers: str) -> str:
     given = ["x", *others.get(type(sequence), [])]
     head = f"\n\n@triton.jit\ndef {sequence.name}({', '.join(given)}):\n"
     if form == PLAIN:
-        return f"{head}    return {sequence.plain}\n"
+        plain = sequence.plain
+        return head + (plain if "\n" in plain else f"    return {plain}") + "\n"
     count, lines = sequence.results, sequence.instructions(form)
-    kind = "tl.int8" if sequence.lanes == 8 else "tl.float16"
+    kind = {8: "tl.int8", 16: "tl.float16", 32: "tl.int32"}[sequence.lanes]
     register = "r" if form == PTX else "v"
     clobber = "=&" if len(lines) > 1 else "="
     outs = ",".join([f"{clobber}{register}"] * count)
-    closing = " }" if registers and form == PTX else ""
+    closing = " }" if registers.startswith("{") and form == PTX else ""
     text = " ".join(lines) if form == PTX else "\\n".join(lines)
     opening = registers if form == PTX else ""
     dtype = kind if count == 1 else f"({', '.join([kind] * count)})"

@@ -5,6 +5,7 @@ each cell, which is a plane of the block's bytes, or of every second of them:
 
     bytes     an operand of i8: cell i holds bits i b, i b + 1, ... of each byte
     halves    an operand of f16, unpacked from half-words: cell (i, p) holds them of byte 2 w + p
+    tables    operands of i8, as byte permutations look them up: see `Looked`
 
 A cell's channels share one scale a token. Queries and outputs are cut in the same cells, so nothing
 is ever interleaved. What is multiplied, and what it is rounded to, says `ir/halves.py`.
@@ -18,18 +19,21 @@ from math import gcd
 from ..ir.arrangements import ROWS, TILES, TURNED
 from ..ir.encodings import Bfp, Drop, Int, Lut, Raw
 from ..ir.halves import TILE, middle
-from ..ir.layouts import Part
+from ..ir.layouts import ALIGN, Field, Part
 from ..ir.plan import AttentionPlan, StreamPlan
 from ..ir.planes import code_bits, low_bits
 from .gpu_lanes import is_wide
 from .gpu_pages import PageReader, as_scale, block_in, coded, readers_of
-from .gpu_sequences import STEP, Entries, Sequence, Triples
+from .gpu_sequences import STEP, Entries, EntriesApart, Sequence, Triples
 from .gpu_text import Dialect, Kernel, across, as_f32, load, padded
 
 LEAST_TOKENS = 32
 """Tokens that share scales of channels, at least."""
 LEAST_RESULTS = 64
 """Numbers of a part's results, which are memory to build operands in, at least."""
+NEAR_BYTES = 64
+"""Rows up to here: compilers see which addresses differ by a constant, if they are one sum of 32
+bits beside the page. Of longer rows, or of several slices, they do not, and that sum takes more."""
 LEAST_BYTES = 32
 """Bytes of a token in a block: the least terms of a product of i8, and twice 16 for halves."""
 
@@ -130,6 +134,10 @@ class Block:
     @property
     def cells(self) -> tuple[Cell, ...]:
         """The operands that the block gives."""
+        if isinstance(self.unpacker, EntriesApart):
+            groups = [Cell(self, i, 0).group for i in range(2)]
+            planes = (None,) if groups[0] == groups[1] else (0, 1)
+            return tuple(Looked(self, i or 0, p, i is None) for p in range(2) for i in planes)
         parities = range(2 if self.halves else 1)
         return tuple(Cell(self, i, p) for p in parities for i in range(8 // self.bits))
 
@@ -156,22 +164,45 @@ class Block:
         role, part = self.reader.role, self.reader.part
         size, kind = (2, "int16") if self.halves else (1, "int8")
         field = part.field(name)
-        row, offset = field.shape[1] // size, (field.offset + first) // size
-        block = block_in(role, size)
         tokens, bytes_ = ("[:, None]", "[None, :]") if down else ("[None, :]", "[:, None]")
-        start = f"{role}_{kind} + {block}" + (f" + {offset}" if offset else "")
-        at = f"{start} + {role}_t{tokens} * {row} + {columns}{bytes_}"
         inside = self.width // size
-        within = f"(tl.arange(0, {self.wide}) < {inside}){bytes_}"
-        return load(at, "" if inside == self.wide else within)
+        mask = f"(tl.arange(0, {self.wide}) < {inside}){bytes_}" if inside < self.wide else ""
+        row = field.shape[1]
+        is_near = row <= NEAR_BYTES and len(self.reader.layout.parts) == 1
+        if name == "codes" and self.halves and is_near:
+            at = self._near_halves(field, f"{role}_t{tokens}", f"{columns}{bytes_}", down=down)
+            return load(at, mask)
+        offset, block = (field.offset + first) // size, block_in(role, size)
+        start = f"{role}_{kind} + {block}" + (f" + {offset}" if offset else "")
+        at = f"{role}_t{tokens} * {row // size} + {columns}{bytes_}"
+        return load(f"{start} + ({at})" if is_near else f"{start} + {at}", mask)
+
+    def _near_halves(self, field: Field, tokens: str, columns: str, *, down: bool) -> str:
+        """Return pointers to the half-words of the block's codes, counted in bytes.
+
+        Of twice a number compilers do not see which sums differ by a constant. Triton is told of
+        the pointers what it does not see.
+        """
+        role, row, offset = self.reader.role, field.shape[1], field.offset + self.first
+        start = f"{role}_uint8 + {role}_block" + (f" + {offset}" if offset else "")
+        at = f"({start} + ({tokens} * {row} + 2 * {columns})).to(tl.pointer_type(tl.int16))"
+        hints = ((self.wide, gcd(row, offset, ALIGN)), (1, 1))
+        many, multiple = zip(*(reversed(hints) if down else hints), strict=True)
+        return f"tl.multiple_of(tl.max_contiguous({at}, {many}), {multiple})"
 
     @property
-    def unpacker(self) -> Entries | Triples | None:
+    def unpacker(self) -> Entries | EntriesApart | Triples | None:
         """What unpacks all cells at once: entries of a table, or codes of three bits."""
         fmt, lanes = self.reader.coded(), 16 if self.halves else 8
         if isinstance(fmt, Lut):
-            return Entries(lanes, fmt.operands)
+            return (Entries if self.halves else EntriesApart)(fmt.operands)
         return Triples(lanes) if code_bits(fmt) == 3 else None
+
+    @property
+    def unpacked(self) -> tuple[str, ...]:
+        """Names of the operands that `unpacker` gives, in their order."""
+        names = (name for cell in self.cells for name in cell.operands)
+        return tuple(dict.fromkeys(names))
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +244,9 @@ class Cell:
 
     @property
     def stored(self) -> str:
-        """Where `write_halves` of gpu_prepare puts the queries of these channels, as a vector."""
+        """Where gpu_prepare puts the queries of these channels, as a vector."""
+        if not self.block.halves:
+            return self.channels
         first = self.first_channel + self.block.first + self.parity * (self.block.width // 2)
         numbers = f"tl.arange(0, {self.block.wide})"
         return f"{numbers} + {first}" if first else numbers
@@ -267,7 +300,7 @@ class Cell:
         return below if all(cell.group == self.group for cell in below) else ()
 
     @property
-    def sequence(self) -> Sequence | Entries | Triples:
+    def sequence(self) -> Sequence | Entries | EntriesApart | Triples:
         """What unpacks it from the block."""
         if self.block.unpacker is not None:
             return self.block.unpacker
@@ -287,7 +320,7 @@ class Cell:
     def unit(self) -> float:
         """What a code of 1, or an entry, is worth in the operand."""
         step = STEP if self.block.halves else 1.0
-        if isinstance(self.block.unpacker, Entries):
+        if isinstance(self.block.unpacker, Entries | EntriesApart):
             return step
         down = 0 if self.block.halves else self._shift
         return step * 2.0 ** (self.lift - down)
@@ -298,6 +331,53 @@ class Cell:
         if isinstance(self.sequence, Sequence):
             return f"{self.sequence.name}({self.block.name})"
         return self.name
+
+    @property
+    def operands(self) -> tuple[str, ...]:
+        """What the queries or weights of the cell are multiplied with: products add up."""
+        return (self.operand,)
+
+
+@dataclass(frozen=True, slots=True)
+class Looked(Cell):
+    """Every second pair of bytes of a block, both planes, with the entries of a table.
+
+    Number 4 w + 2 b + i of a token is plane i of byte 4 w + 2 p + b, p being the parity. Where
+    planes have scales of their own each has a cell, and queries of the other's channels are zero.
+
+    Attributes:
+        whole: whether both planes share a scale.
+    """
+
+    whole: bool
+
+    @property
+    def stored(self) -> str:
+        """Where gpu_prepare puts the queries of these channels, as a vector."""
+        first = self.block.reader.part.first + 2 * self.block.first
+        first += looked_first(self.block.width) * self.parity
+        numbers = f"tl.arange(0, {self.block.wide})"
+        return f"{numbers} + {first}" if first else numbers
+
+    @property
+    def inside(self) -> str:
+        """Mask of the numbers that are channels of the cell, or "" if all are."""
+        numbers, first = f"tl.arange(0, {self.block.wide})", looked_first(self.block.width)
+        count = 2 * self.block.width - first if self.parity else first
+        own = "" if self.whole else f"({numbers} % 2 == {self.plane})"
+        here = "" if count == self.block.wide else f"({numbers} < {count})"
+        return f"({own} & {here})" if own and here else own or here
+
+    @property
+    def name(self) -> str:
+        """Name of what belongs to the cell."""
+        return f"{self.block.name}_{self.parity}" + ("" if self.whole else f"_{self.plane}")
+
+    @property
+    def operands(self) -> tuple[str, ...]:
+        """Entries of codes below 8, and of those from 8 on."""
+        half = f"{self.block.name}_{self.parity}"
+        return f"{half}_low", f"{half}_high"
 
 
 def blocks_of(
@@ -329,6 +409,11 @@ def block_bytes(part: Part) -> int:
 def plane_bytes(part: Part) -> int:
     """Return the bytes of a plane of the field of codes."""
     return part.width * low_bits(coded(part)) // 8
+
+
+def looked_first(width: int) -> int:
+    """Return how many codes the first two bytes of each word of a block's row hold, of `width`."""
+    return width + width % 4
 
 
 def per_channel(reader: PageReader) -> bool:
@@ -420,8 +505,7 @@ def write_block(kernel: Kernel, block: Block, *, down: bool) -> None:
         kernel.line(f"{block.name}_high = {block.load_high(down=down)}")
         factor = across(f"{block.name}_factor") if down else f"{block.name}_factor[:, None]"
         given += f", {block.name}_high, {factor}"
-    names = ", ".join(cell.name for cell in block.cells)
-    kernel.line(f"{names} = {block.unpacker.name}({given})")
+    kernel.line(f"{', '.join(block.unpacked)} = {block.unpacker.name}({given})")
 
 
 def write_by_memory(

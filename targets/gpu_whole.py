@@ -31,7 +31,16 @@ from .gpu_lane_attend import declare_lanes, write_wide_split
 from .gpu_pages import declare_pages
 from .gpu_prepare import declare_codes
 from .gpu_rest import write_rest
-from .gpu_sequences import Named, Times, Triples, Unpacker
+from .gpu_sequences import (
+    Entries,
+    EntriesApart,
+    Held,
+    Named,
+    Times,
+    Triples,
+    Unpacker,
+    words_of,
+)
 from .gpu_text import LEAST_DOT, Dialect, Kernel
 from .gpu_tiles import (
     Block,
@@ -96,6 +105,8 @@ def _write_split(
     for block in (*k, *v):
         if isinstance(block.unpacker, Triples):
             block.write_factors(kernel, plan)
+    if any(isinstance(x, Held) for x in sequences_of(plan, dialect)):
+        kernel.line(f"first = {Held(()).name}(first)")
     write_entry_factor(kernel, plan, k)
     write_places(kernel, plan, v)
     kernel.note("sums: the largest score in powers of two, the denominator, the outputs")
@@ -140,7 +151,10 @@ def sequences_of(plan: AttentionPlan, dialect: Dialect) -> set[Unpacker]:
     others: set[Unpacker] = {Times()} if plan.query_bits is None else set()
     if any(entries_of(block.reader) for block in value_blocks(plan, dialect)):
         others.add(Named())
-    return others | {cell.sequence for block in blocks for cell in block.cells}
+    found = others | {cell.sequence for block in blocks for cell in block.cells}
+    tables = {x.operands for x in found if isinstance(x, Entries | EntriesApart)}
+    words = sorted({word for operands in tables for word in words_of(operands)})
+    return found | ({Held(tuple(words))} if words else set())
 
 
 def warps_of(plan: AttentionPlan) -> int:

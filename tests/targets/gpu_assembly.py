@@ -7,7 +7,7 @@ marked as written early shares the register of the operand, as a compiler may ha
 
 import ast
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,6 +118,7 @@ class Assembly:
         operands: constraints of the operands, which follow the outputs.
         pack: elements of a register.
         dtypes: of the results.
+        kept: registers that it declares for the whole kernel.
     """
 
     lines: tuple[str, ...]
@@ -125,6 +126,7 @@ class Assembly:
     operands: tuple[str, ...]
     pack: int
     dtypes: tuple[str, ...]
+    kept: tuple[str, ...] = ()
 
 
 def assembly_of(source: str) -> Assembly | None:
@@ -139,7 +141,6 @@ def assembly_of(source: str) -> Assembly | None:
     (call,) = calls
     text, constraints, arguments = (ast.unparse(x) for x in call.args)
     options = {word.arg: ast.unparse(word.value) for word in call.keywords}
-    assert options["is_pure"] == "True"
     every = ast.literal_eval(constraints).split(",")
     outputs = [text for text in every if text.startswith("=")]
     operands = every[len(outputs) :]
@@ -147,21 +148,30 @@ def assembly_of(source: str) -> Assembly | None:
     body = ast.literal_eval(text).strip()
     if body.startswith("{"):
         assert body.endswith("}"), body
-        body = re.sub(r"^\{\s*\.reg \.b32 [\w, ]+;", "", body).removesuffix("}")
+        body = re.sub(r"^\{\s*(?:/\* words \*/ )?\.reg \.b32 [\w, ]+;", "", body).removesuffix("}")
+    declared = re.match(r"\.reg \.b32 ([\w, ]+);", body)
+    body = body[declared.end() :] if declared else body
+    kept = tuple(declared[1].split(", ")) if declared else ()
+    assert options["is_pure"] == str(not kept), "what others need is not left out"
     lines = tuple(line.strip() for line in re.split(r"[;\n]", body) if line.strip())
     dtypes = tuple(re.findall(r"tl\.(\w+)", options["dtype"]))
     assert len(dtypes) == len(outputs)
-    return Assembly(lines, tuple(outputs), tuple(operands), int(options["pack"]), dtypes)
+    return Assembly(lines, tuple(outputs), tuple(operands), int(options["pack"]), dtypes, kept)
 
 
-def evaluated(assembly: Assembly, *given: Array) -> tuple[Array, ...]:
-    """Return the output registers for those of the operands, uint32 in int64.
+def evaluated(
+    assembly: Assembly, *given: Array, held: Mapping[str, Array] | None = None
+) -> tuple[Array, ...]:
+    """Return the output registers for those of the operands, then those kept, uint32 in int64.
+
+    `held`: registers of the kernel that were filled before.
 
     Raises: UnknownInstruction; KeyError for a register that was not written.
     """
     first = f"${len(assembly.outputs)}"
     early = {f"${i}" for i, text in enumerate(assembly.outputs) if "&" in text}
-    registers = {f"${len(assembly.outputs) + i}": x for i, x in enumerate(given)}
+    registers = dict(held or {})
+    registers |= {f"${len(assembly.outputs) + i}": x for i, x in enumerate(given)}
 
     outputs = {f"${i}" for i in range(len(assembly.outputs))}
 
@@ -180,4 +190,5 @@ def evaluated(assembly: Assembly, *given: Array) -> tuple[Array, ...]:
         if opcode not in OPCODES:
             raise UnknownInstruction(f"{opcode!r} in {line!r}: gpu_assembly.py has no meaning")
         registers[slot(target)] = OPCODES[opcode](*map(read, names)) & WORD
-    return tuple(registers[slot(f"${i}")] for i in range(len(assembly.outputs)))
+    names = (*(f"${i}" for i in range(len(assembly.outputs))), *assembly.kept)
+    return tuple(registers[slot(name)] for name in names)

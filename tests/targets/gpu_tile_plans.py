@@ -181,6 +181,8 @@ TILED: dict[str, AttentionPlan] = {
     "bfp": plan_of(Bfp(4, 32), Bfp(8, 64), heads=1, compute="int"),
     "bfp8": plan_of(Bfp(8, 64), Bfp(4, 32), heads=1, group=3, compute="int"),
     "nf4": plan_of(Lut(4, 64, NF4), Lut(4, 32, NF4, params="bf16"), heads=1, compute="int"),
+    "nf4-planes": plan_of(Lut(4, 32, NF4), Lut(4, 64, NF4), heads=1, group=3, d=128, compute="int"),
+    "nf4-100": plan_of(Lut(4, 100, NF4), Lut(4, 20, NF4), heads=1, group=2, d=100, compute="int"),
     "maps": mapped(
         plan_of(int_format(4, "token", 64), int_format(4, "token", 64), compute="int"),
         Scale("kvant.values"),

@@ -18,16 +18,20 @@ import torch
 
 from kvant.ir.errors import KvantError
 from kvant.targets.gpu import DIALECTS, HEAD
+from kvant.targets.gpu_compile import WORDS, check_words
 from kvant.targets.gpu_sequences import (
     GCN,
     PLAIN,
     PTX,
     Entries,
+    EntriesApart,
+    Held,
     Named,
     Sequence,
     Times,
     Triples,
     Unpacker,
+    words_of,
 )
 from kvant.targets.gpu_whole import sequences_of
 
@@ -67,6 +71,10 @@ def meaning(sequence: Unpacker, lanes: Array, *others: Array) -> list[Array]:
         case Entries():
             table = np.asarray(sequence.operands)
             return [table[(lanes >> at) & 15] for at in range(0, sequence.lanes, 4)]
+        case EntriesApart():
+            return entries_apart(np.asarray(sequence.operands), lanes)
+        case Held():
+            return [lanes, *(np.full_like(lanes, word) for word in sequence.words)]
         case Triples():
             return [code_of_three(sequence, i, lanes, *others) for i in range(sequence.results)]
         case Times():
@@ -78,6 +86,14 @@ def meaning(sequence: Unpacker, lanes: Array, *others: Array) -> list[Array]:
             is_one = (x == y).astype(np.float16)
             with np.errstate(all="ignore"):
                 return [(is_one * z).view(np.uint16).astype(np.int64)]
+
+
+def entries_apart(table: Array, lanes: Array) -> list[Array]:
+    """Of each word of four bytes, the codes of the first two bytes and then of the last two."""
+    pairs = lanes.reshape(-1, 2, 2)
+    codes = np.stack([pairs & 15, pairs >> 4], axis=-1).reshape(-1, 2, 4)
+    halves = (codes[:, i].reshape(lanes.shape) for i in range(2))
+    return [np.where(own, table[c], 0) for c in halves for own in (c < 8, c >= 8)]
 
 
 def code_of_three(sequence: Triples, number: int, low: Array, high: Array, factor: Array) -> Array:
@@ -113,14 +129,26 @@ def operands_of(sequence: Unpacker, x: Array) -> tuple[Array, ...]:
             small = rng.integers(0, 4, (4, len(x))).astype(np.float16).view(np.uint16)
             a, b, c, d = small.astype(np.int64)
             return a | b << 16, c | d << 16, x & 0xBFFFBFFF
+        case Held():  # the number of a tile
+            return (x & 0x7FFFFFFF,)
     return (x,)
+
+
+def tables_of(sequence: Unpacker, x: Array) -> dict[str, Array]:
+    """The registers of the kernel that a lookup finds its table in."""
+    if not isinstance(sequence, Entries | EntriesApart):
+        return {}
+    held = Held(words_of(sequence.operands))
+    fill = assembly_of(held.source(PTX))
+    assert fill is not None
+    return dict(zip(fill.kept, evaluated(fill, *operands_of(held, x))[1:], strict=True))
 
 
 def is_right(sequence: Unpacker, assembly: Assembly, x: Array) -> bool:
     given = operands_of(sequence, x)
     want = meaning(sequence, *(lanes_of(one, sequence.lanes) for one in given))
     try:
-        got = evaluated(assembly, *given)
+        got = evaluated(assembly, *given, held=tables_of(sequence, x))
     except KeyError:
         return False
     return len(got) == len(want) and all(
@@ -144,17 +172,27 @@ def assemblies(sequence: Unpacker) -> dict[str, Assembly]:
 
 def test_there_are_sequences_of_every_kind() -> None:
     kinds = {(type(s), s.lanes) for s in sequences()}
-    assert {(Sequence, 8), (Sequence, 16), (Entries, 16), (Triples, 8), (Triples, 16)} <= kinds
+    assert {
+        (Sequence, 8),
+        (Sequence, 16),
+        (Entries, 16),
+        (EntriesApart, 8),
+        (Held, 32),
+        (Triples, 8),
+        (Triples, 16),
+    } <= kinds
     assert any(isinstance(s, Sequence) and s.flip for s in sequences())
     assert {Times(), Named()} <= set(sequences())
-    assert len({s.name for s in sequences()}) == len(sequences()), "two have one name"
+    # One kernel has one `Held` at most.
+    unpackers = [s for s in sequences() if not isinstance(s, Held)]
+    assert len({s.name for s in unpackers}) == len(unpackers), "two have one name"
 
 
 def test_instructions_unpack_every_half_word() -> None:
     for sequence in sequences():
         for form, assembly in assemblies(sequence).items():
             assert is_right(sequence, assembly, registers()), (sequence.name, form, assembly.lines)
-            kind = "int8" if sequence.lanes == 8 else "float16"
+            kind = {8: "int8", 16: "float16", 32: "int32"}[sequence.lanes]
             assert set(assembly.dtypes) == {kind}
             assert assembly.pack == 32 // sequence.lanes
             letter = "r" if form == PTX else "v"
@@ -208,12 +246,14 @@ def run_plain(
     sequence: Unpacker, given: tuple[Array, ...], folder: Path, change: tuple[str, str]
 ) -> list[Array]:
     """The plain form in Triton's interpreter, the bits of each result."""
-    kind = "int8" if sequence.lanes == 8 else "float16"
+    kind = {8: "int8", 16: "float16", 32: "int32"}[sequence.lanes]
     names, count = [f"y{i}" for i in range(sequence.results)], len(given[0])
     takes = [f"x{i}" for i in range(len(given))]
     text = HEAD + sequence.source(PLAIN)
     text += f"\n\n@triton.jit\ndef unpack({', '.join(takes)}, out):\n"
-    text += f"    at = tl.arange(0, {count})\n"
+    numbers = f"tl.arange(0, {count // 4})[:, None] * 4 + tl.arange(0, 4)[None, :]"
+    numbers = numbers if isinstance(sequence, EntriesApart) else f"tl.arange(0, {count})"
+    text += f"    at = {numbers}\n"
     loads = ", ".join(f"tl.load({name} + at)" for name in takes)
     text += f"    {', '.join(names)} = {sequence.name}({loads})\n"
     for i, name in enumerate(names):
@@ -226,7 +266,7 @@ def run_plain(
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     out = torch.zeros((len(names), count), dtype=getattr(torch, kind))
-    own = {8: np.uint8, 16: np.uint16}[sequence.lanes]
+    own = {8: np.uint8, 16: np.uint16, 32: np.uint32}[sequence.lanes]
     is_float = isinstance(sequence, Times | Named)
     dtype = "float16" if is_float else f"int{sequence.lanes}"
     tensors = (torch.from_numpy(x.astype(own).view(dtype)) for x in given)
@@ -235,10 +275,13 @@ def run_plain(
 
 
 def check_plain(sequence: Unpacker, folder: Path, change: tuple[str, str] = ("", "")) -> None:
-    every = operands_of(sequence, EVERY[: 1 << sequence.lanes])
+    numbers = EVERY[: 1 << sequence.lanes]
+    if isinstance(sequence, EntriesApart):
+        numbers = np.random.default_rng(2).integers(0, 256, 1 << 12)
+    every = operands_of(sequence, numbers)
     given = [one & ((1 << sequence.lanes) - 1) for one in every]
     got = run_plain(sequence, tuple(given), folder, change)
-    for one, other in zip(got, meaning(sequence, *given), strict=True):
+    for one, other in zip(got, meaning(sequence, *given)[: sequence.results], strict=True):
         if isinstance(sequence, Times | Named):  # a NaN may have any bits, a zero any sign
             halves = (x.astype(np.uint16).view(np.float16) for x in (one, other))
             assert np.array_equal(*halves, equal_nan=True), sequence.name
@@ -252,6 +295,10 @@ def test_the_plain_form_unpacks_every_lane(tmp_path: Path) -> None:
 
 
 def test_a_wrong_plain_form_is_seen(tmp_path: Path) -> None:
+    table = EntriesApart(tuple(range(0, 96, 6)))
+    for change in (("(0, 1, 3, 4, 2)", "(0, 1, 2, 3, 4)"), (">> 4", ">> 3"), ("< 8", "< 7")):
+        with pytest.raises(AssertionError):
+            check_plain(table, tmp_path, change)
     for sequence in (Sequence(8, 4, 15), Sequence(16, 8, 240)):
         shift = f">> {sequence.shift}"
         for change in ((shift, ">> 2"), (f"& {sequence.mask}", "& 14")):
@@ -259,7 +306,18 @@ def test_a_wrong_plain_form_is_seen(tmp_path: Path) -> None:
                 check_plain(sequence, tmp_path, change)
 
 
+def test_bytes_of_several_rows_in_a_register_are_refused() -> None:
+    def line(layout: str, mark: str = WORDS) -> str:
+        kind = f"tensor<64x64xi8, {layout}>"
+        return f'%1:2 = tt.elementwise_inline_asm "{{ {mark} prmt" %0 : {kind} -> {kind}, {kind}'
+
+    check_words(line("#ttg.dot_op<{opIdx = 0, parent = #mma, kWidth = 4}>"))
+    check_words(line("#blocked", mark=""))
+    with pytest.raises(ValueError, match=r"a table's codes are not an operand: .*#blocked"):
+        check_words(line("#blocked"))
+
+
 def test_tables_that_differ_in_one_entry_have_functions_of_their_own() -> None:
     one = tuple(range(16))
-    for lanes in (8, 16):
-        assert Entries(lanes, one).name != Entries(lanes, (*one[:-1], 100)).name
+    for kind in (Entries, EntriesApart):
+        assert kind(one).name != kind((*one[:-1], 100)).name
