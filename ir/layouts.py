@@ -23,6 +23,7 @@ That is the arrangement "rows"; `ir/arrangements.py` has two more of the same by
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -116,6 +117,8 @@ class PageLayout:
         channels: channels of a head.
         format: how values are encoded.
         kind: name of the arrangement, one of KINDS.
+        fields: the arrays of a head block, in order; they follow from the others.
+        head_bytes: bytes of a head block, a multiple of 64.
     """
 
     tokens: int
@@ -123,6 +126,8 @@ class PageLayout:
     channels: int
     format: Format
     kind: str = ROWS
+    fields: tuple[Field, ...] = dataclasses.field(init=False, repr=False, compare=False)
+    head_bytes: int = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Refuse sizes that the format or the arrangement does not take."""
@@ -145,7 +150,9 @@ class PageLayout:
                 where=where,
                 fix=f"use pages of {page_tokens(self.format)} tokens",
             )
-        _fields(self)
+        fields = _fields(self)
+        object.__setattr__(self, "fields", fields)
+        object.__setattr__(self, "head_bytes", _aligned(fields[-1].offset + fields[-1].nbytes))
         if self.kind != ROWS and not holds(self.kind, self.format, self.tokens, self.channels):
             raise KvantError(
                 "unknown-layout",
@@ -153,11 +160,6 @@ class PageLayout:
                 where=where,
                 fix="use rows",
             )
-
-    @property
-    def fields(self) -> tuple[Field, ...]:
-        """The arrays of a head block, in order."""
-        return _fields(self)
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -175,12 +177,6 @@ class PageLayout:
             parts.append(Part(prefix, first, width, dense, sparse, own))
             first += width
         return tuple(parts)
-
-    @property
-    def head_bytes(self) -> int:
-        """Bytes of a head block, a multiple of 64."""
-        last = self.fields[-1]
-        return _aligned(last.offset + last.nbytes)
 
     @property
     def page_bytes(self) -> int:

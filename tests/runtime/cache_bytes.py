@@ -1,11 +1,13 @@
 """Which bytes of a cache mean something: to compare these, and to fill all others with garbage."""
 
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from kvant.ir.arrangements import ROWS
+from kvant.ir.layouts import PageLayout
 from kvant.runtime.cache import Cache
 from kvant.runtime.stream import Stream
 
@@ -14,12 +16,17 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 def live_bytes(stream: Stream, tokens: int) -> Array:
     """bool[page_bytes], the bytes of a page that belong to its first `tokens` tokens."""
-    layout = replace(stream.layout, kind=ROWS)
+    return _live_bytes(stream.layout, tokens)
+
+
+@lru_cache(maxsize=1024)
+def _live_bytes(of: PageLayout, tokens: int) -> Array:
+    layout = replace(of, kind=ROWS)
     live = np.zeros((layout.heads, layout.head_bytes), np.uint8)
     for field in layout.fields:
         kept = tokens * field.shape[0] // layout.tokens
         live[:, field.offset : field.offset + kept * (field.nbytes // field.shape[0])] = 1
-    return layout.arranged(live.reshape(-1), stream.layout.kind).astype(bool)
+    return layout.arranged(live.reshape(-1), of.kind).astype(bool)
 
 
 def stored_bytes(cache: Cache) -> list[bytes]:

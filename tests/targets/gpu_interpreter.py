@@ -26,6 +26,7 @@ from kvant.runtime.launch_gpu import Kernels
 from kvant.runtime.memory import TorchMemory
 from kvant.targets.gpu import emit, launch_facts
 
+from . import gpu_replay  # noqa: F401
 from .cpu_cases import Constants
 
 
@@ -124,10 +125,9 @@ def patched_once() -> Iterator[None]:
     real, done = interpreter._patch_lang, set()
 
     def once(function: Any) -> Any:
-        names = frozenset(n for n, x in function.__globals__.items() if x in (tl, tl.core))
-        if names in done:
+        if id(function.__globals__) in done:
             return interpreter._LangPatchScope()
-        done.add(names)
+        done.add(id(function.__globals__))
         return real(function)
 
     with patch.object(interpreter, "_patch_lang", once):
