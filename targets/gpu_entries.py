@@ -10,10 +10,11 @@ Indices are read from the words that they lie in. Several entries of a token are
 from __future__ import annotations
 
 from ..ir.plan import AttentionPlan
+from .gpu_blocks import Block, groups_of, write_by_memory
 from .gpu_pages import PageReader
+from .gpu_scales import byte_of_word, stored_of, worth_of
 from .gpu_sequences import Named
 from .gpu_text import LOG2_E, Kernel, across, as_f32, load
-from .gpu_tiles import Block, byte_of_word, groups_of, stored_of, worth_of, write_by_memory
 
 MOST_GAP = 120.0
 """Exponent of a tile's weights that float32 can undo; those of a larger one are as good as none."""

@@ -10,8 +10,10 @@ from ..ir.encodings import Int
 from ..ir.halves import TILE
 from ..ir.plan import AttentionPlan
 from ..ir.planes import offset
+from .gpu_blocks import Block, Cell, groups_of, write_block
 from .gpu_entries import write_entry_scores
 from .gpu_pages import PageReader, block_in
+from .gpu_scales import affine, has_zero, per_channel, scale_of, worth_of, zero_of
 from .gpu_sequences import STEP, Times
 from .gpu_text import (
     LEAST_DOT,
@@ -24,19 +26,7 @@ from .gpu_text import (
     padded,
     write_softcap,
 )
-from .gpu_tiles import (
-    Block,
-    Cell,
-    affine,
-    groups_of,
-    has_zero,
-    key_tokens,
-    per_channel,
-    scale_of,
-    worth_of,
-    write_block,
-    zero_of,
-)
+from .gpu_tiles import key_tokens
 
 
 def write_queries(kernel: Kernel, plan: AttentionPlan, k: tuple[Block, ...]) -> None:

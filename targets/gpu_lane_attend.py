@@ -13,12 +13,13 @@ from __future__ import annotations
 from ..ir.halves import TILE
 from ..ir.plan import AttentionPlan, StreamPlan
 from ..ir.planes import code_bits, offset
+from .gpu_blocks import block_bytes
 from .gpu_lane_values import fetched_values, write_partials, write_sums, write_values, write_weights
 from .gpu_lanes import Keys, Row, Stored, keys_of, scale_in, values_of
 from .gpu_pages import declare_pages
 from .gpu_prepare import declare_codes
+from .gpu_scales import affine, has_zero, per_channel
 from .gpu_text import LOG2_E, Kernel, across, both, load, padded, write_softcap
-from .gpu_tiles import affine, block_bytes, has_zero, per_channel
 
 LEAST_ROWS = 4
 LEAST = -(2**30)

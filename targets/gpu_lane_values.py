@@ -6,9 +6,9 @@ from ..ir.arrangements import TURNED
 from ..ir.halves import TILE
 from ..ir.plan import AttentionPlan
 from .gpu_lanes import PORTION, Row, Stored, Values, scale_in
+from .gpu_scales import affine, has_zero, middle_of
 from .gpu_sources import pieces_of
 from .gpu_text import LN_2, Kernel, both
-from .gpu_tiles import affine, has_zero, middle_of
 from .gpu_values import LARGEST_LIFT
 
 

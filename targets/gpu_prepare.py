@@ -6,9 +6,9 @@ from ..ir.attention import largest_query
 from ..ir.encodings import Dense, Lut
 from ..ir.plan import AttentionPlan
 from ..ir.planes import low_bits
+from .gpu_blocks import block_bytes, looked_first, plane_bytes
 from .gpu_maps import channel_mask, load_block, write_maps
 from .gpu_text import Kernel, both, write_rint
-from .gpu_tiles import block_bytes, looked_first, plane_bytes
 from .kernel_text import constant_arguments
 
 ROWS = 4
@@ -21,7 +21,7 @@ def prepare(plan: AttentionPlan, *, codes: bool, looked: bool) -> Kernel:
     query = scale * maps(q); under compute = int, rounded to steps of max|q| / `largest_query`.
     `codes`: write what matrix units take as `query_codes` too, and what a code of one is worth as
     `query_step`: those integers, or where scales of channels meet them `_write_halves`. `looked`:
-    integers that meet tables lie in the order in which `gpu_tiles.Looked` has them.
+    integers that meet tables lie in the order in which `gpu_blocks.Looked` has them.
     Grid: (B H, ceil(T G / ROWS)).
     """
     kernel, width = Kernel("prepare"), plan.k.channels

@@ -6,21 +6,12 @@ from ..ir.arrangements import TILES
 from ..ir.encodings import Int
 from ..ir.halves import TILE
 from ..ir.plan import AttentionPlan
+from .gpu_blocks import Block, groups_of, write_block
 from .gpu_entries import write_entry_weights
 from .gpu_pages import PageReader
+from .gpu_scales import affine, has_zero, middle_of, scale_of, worth_of, zero_of
 from .gpu_sources import pieces_of
 from .gpu_text import LEAST_DOT, LN_2, LOG2_E, Kernel, both, down
-from .gpu_tiles import (
-    Block,
-    affine,
-    groups_of,
-    has_zero,
-    middle_of,
-    scale_of,
-    worth_of,
-    write_block,
-    zero_of,
-)
 
 MANY_SUMS = 4
 """Sums of zero points that take registers which the loop needs."""

@@ -20,6 +20,7 @@ from ..ir.encodings import Bfp
 from ..ir.halves import TILE
 from ..ir.plan import AttentionPlan, StreamPlan
 from .gpu_attend import declare, decode_rows, write_row
+from .gpu_blocks import Block, blocks_of
 from .gpu_entries import (
     entries_of,
     write_entry_factor,
@@ -31,6 +32,7 @@ from .gpu_lane_attend import declare_lanes, write_wide_split
 from .gpu_pages import declare_pages
 from .gpu_prepare import declare_codes
 from .gpu_rest import write_rest
+from .gpu_scales import in_words
 from .gpu_sequences import (
     Entries,
     EntriesApart,
@@ -42,12 +44,7 @@ from .gpu_sequences import (
     words_of,
 )
 from .gpu_text import LEAST_DOT, Dialect, Kernel
-from .gpu_tiles import (
-    Block,
-    blocks_of,
-    in_words,
-    kinds,
-)
+from .gpu_tiles import kinds
 from .gpu_values import rows_of_sums, write_partials, write_sums, write_values, write_weights
 
 MOST_REGISTERS = 255
