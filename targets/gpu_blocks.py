@@ -26,7 +26,7 @@ from .gpu_text import Kernel, across, load, padded
 
 NEAR_BYTES = 64
 """Rows up to here: compilers see which addresses differ by a constant, if they are one sum of 32
-bits beside the page. Of longer rows, or of several slices, they do not, and that sum takes more."""
+bits beside the page. Of longer rows, or beside slices, they do not, and that sum takes more."""
 LEAST_BYTES = 32
 """Bytes of a token in a block: the least terms of a product of i8, and twice 16 for halves."""
 
@@ -40,12 +40,14 @@ class Block:
         first: byte of a token's row.
         width: bytes of a token.
         halves: whether it is read as half-words.
+        near: whether addresses are sums of 32 bits, where rows are short; see NEAR_BYTES.
     """
 
     reader: PageReader
     first: int
     width: int
     halves: bool
+    near: bool
 
     @property
     def name(self) -> str:
@@ -105,7 +107,7 @@ class Block:
         inside = self.width // size
         mask = f"(tl.arange(0, {self.wide}) < {inside}){bytes_}" if inside < self.wide else ""
         row = field.shape[1]
-        is_near = row <= NEAR_BYTES and len(self.reader.layout.parts) == 1
+        is_near = self.near and row <= NEAR_BYTES
         if name == "codes" and self.halves and is_near:
             at = self._near_halves(field, f"{role}_t{tokens}", f"{columns}{bytes_}", down=down)
             return load(at, mask)
@@ -182,8 +184,6 @@ class Cell:
     @property
     def stored(self) -> str:
         """Where gpu_prepare puts the queries of these channels, as a vector."""
-        if not self.block.halves:
-            return self.channels
         first = self.first_channel + self.block.first + self.parity * (self.block.width // 2)
         numbers = f"tl.arange(0, {self.block.wide})"
         return f"{numbers} + {first}" if first else numbers
@@ -318,7 +318,7 @@ class Looked(Cell):
 
 
 def blocks_of(
-    stream: StreamPlan, kind: str, *, halves: bool, words: bool = False
+    stream: StreamPlan, kind: str, *, halves: bool, words: bool = False, near: bool = False
 ) -> tuple[Block, ...]:
     """Return the blocks of a stream in tiles: as wide as a scale and a plane allow.
 
@@ -327,13 +327,14 @@ def blocks_of(
         kind: of the pages.
         halves: whether they are read as half-words.
         words: whether numbers of tokens that take two bytes are read from words.
+        near: whether addresses are sums of 32 bits, where rows are short.
     """
     found = []
     for reader in (replace(reader, words=words) for reader in readers_of(stream, kind)):
         if not reader.is_stored:
             continue
         plane, width = plane_bytes(reader.part), block_bytes(reader.part)
-        found += [Block(reader, first, width, halves) for first in range(0, plane, width)]
+        found += [Block(reader, first, width, halves, near) for first in range(0, plane, width)]
     return tuple(found)
 
 

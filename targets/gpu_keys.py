@@ -10,7 +10,7 @@ from ..ir.encodings import Int
 from ..ir.halves import TILE
 from ..ir.plan import AttentionPlan
 from ..ir.planes import offset
-from .gpu_blocks import Block, Cell, groups_of, write_block
+from .gpu_blocks import Block, Cell, Looked, groups_of, write_block
 from .gpu_entries import write_entry_scores
 from .gpu_pages import PageReader, block_in
 from .gpu_scales import affine, has_zero, per_channel, scale_of, worth_of, zero_of
@@ -38,7 +38,9 @@ def write_queries(kernel: Kernel, plan: AttentionPlan, k: tuple[Block, ...]) -> 
     kernel.line(f"factor = {step}" + (f" * {worth!r}" if worth != 1.0 else ""))
     for reader, group, cells in groups_of(k):
         for cell in cells:
-            codes = _query(plan, cell.stored, cell.inside, "query_codes")
+            is_moved = plan.query_bits is None or isinstance(cell, Looked)
+            channels = cell.stored if is_moved else cell.channels
+            codes = _query(plan, channels, cell.inside, "query_codes")
             _write_query(kernel, plan, cell, codes)
         if plan.query_bits is not None:
             _write_query_sums(kernel, plan, reader, group, cells)

@@ -55,7 +55,8 @@ def write_weights(
     largest = names[0]
     for name in names[1:]:
         largest = f"tl.maximum({largest}, {name})"
-    kernel.line(f"bits = tl.max({largest}, axis=0).to(tl.int32, bitcast=True)")
+    # Integers in the order of the scales: their largest in a warp takes one instruction.
+    kernel.line(f"bits = tl.max({largest}.to(tl.int32, bitcast=True), axis=0)")
     lift = "(bits >> 23) - 126"
     if not all(_is_f16(reader) for reader, _, _ in groups):
         lift = f"tl.minimum(tl.maximum({lift}, -{LARGEST_LIFT}), {LARGEST_LIFT})"

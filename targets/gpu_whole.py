@@ -127,12 +127,21 @@ def _write_split(
 def key_blocks(plan: AttentionPlan, dialect: Dialect) -> tuple[Block, ...]:
     """Return the blocks of the keys: bytes where the products are exact in i8."""
     is_bytes = dialect.has_bytes and plan.query_bits is not None
-    return blocks_of(plan.k, TILES, halves=not is_bytes, words=has_words(plan, dialect))
+    return _blocks(plan, plan.k, dialect, halves=not is_bytes)
 
 
 def value_blocks(plan: AttentionPlan, dialect: Dialect) -> tuple[Block, ...]:
     """Return the blocks of the values."""
-    return blocks_of(plan.v, TILES, halves=True, words=has_words(plan, dialect))
+    return _blocks(plan, plan.v, dialect, halves=True)
+
+
+def _blocks(
+    plan: AttentionPlan, stream: StreamPlan, dialect: Dialect, *, halves: bool
+) -> tuple[Block, ...]:
+    """Return the blocks of a stream."""
+    near = all(len(one.page_layout().parts) == 1 for one in (plan.k, plan.v))
+    words = has_words(plan, dialect)
+    return blocks_of(stream, TILES, halves=halves, words=words, near=near)
 
 
 def has_words(plan: AttentionPlan, dialect: Dialect) -> bool:

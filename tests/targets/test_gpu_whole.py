@@ -55,7 +55,6 @@ def test_a_script_within_p7(name: str) -> None:
     check_script(TILED[name])
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("name", TILED)
 def test_a_script_within_p7_on_amd(name: str) -> None:
     check_script(TILED[name], "hip", (0xFF, 0x7A))
