@@ -281,6 +281,7 @@ class Looked(Cell):
 
     Number 4 w + 2 b + i of a token is plane i of byte 4 w + 2 p + b, p being the parity. Where
     planes have scales of their own each has a cell, and queries of the other's channels are zero.
+    Which channels its numbers are is told by `stored`, not by `channels`.
 
     Attributes:
         whole: whether both planes share a scale.
