@@ -179,6 +179,22 @@ def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def quick_vocabularies() -> Iterator[None]:
+    """Let transformers read a GGUF file as `compiler/weights.py` does: through a plain array."""
+    from gguf import GGUFReader
+
+    slow = GGUFReader._get
+
+    def get(self: Any, *args: Any, **options: Any) -> Any:
+        self.data = self.data.view(np.ndarray)
+        return slow(self, *args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GGUFReader, "_get", get)
+        yield
+
+
 @pytest.fixture(scope="module")
 def one_torch_thread() -> Iterator[None]:
     """Let torch compute in one thread: tiny models gain nothing by more."""
