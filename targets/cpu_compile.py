@@ -43,6 +43,23 @@ def compile_source(source: Source[Kernel], cpu: Cpu, *, with_assembly: bool = Fa
     Raises: KvantError "compiler-failed" if LLVM does not know the processor, made code for another
         one, or code that calls a function which no library has.
     """
+    module = _module(source, cpu)
+    made = _object(module)
+    _check_calls(made, cpu)
+    return Code(made, str(module.inspect_source("asm")) if with_assembly else "")
+
+
+def assembly(source: Source[Kernel], cpu: Cpu) -> str:
+    """Return the assembly of all kernels, as LLVM writes it; nothing is made of it.
+
+    Raises: KvantError "compiler-failed" if LLVM does not know the processor or made code for
+        another one.
+    """
+    return str(_module(source, cpu).inspect_source("asm"))
+
+
+def _module(source: Source[Kernel], cpu: Cpu) -> Any:
+    """Return LLVM's module of the text, for that very processor."""
     import tvm
     from tvm.s_tir.analysis import verify_well_formed
     from tvm.tirx.build import tir_to_runtime
@@ -55,17 +72,8 @@ def compile_source(source: Source[Kernel], cpu: Cpu, *, with_assembly: bool = Fa
     functions = tvm.IRModule({kernel.name: parse(kernel.source()) for kernel in source.kernels})
     verify_well_formed(functions)
     module = tir_to_runtime(_lower(functions, target), {}, target)
-    made = _object(module)
-    _check(str(module.inspect_source("ll")), made, cpu)
-    return Code(made, str(module.inspect_source("asm")) if with_assembly else "")
-
-
-def assembly(source: Source[Kernel], cpu: Cpu) -> str:
-    """Return the assembly of all kernels, as LLVM writes it.
-
-    Raises: KvantError "compiler-failed".
-    """
-    return compile_source(source, cpu, with_assembly=True).assembly
+    _check_processor(str(module.inspect_source("ll")), cpu)
+    return module
 
 
 def _object(module: Any) -> bytes:
@@ -75,11 +83,15 @@ def _object(module: Any) -> bytes:
         return path.read_bytes()
 
 
-def _check(intermediate: str, made: bytes, cpu: Cpu) -> None:
-    """Refuse code for another processor, and code that calls what is in no library."""
+def _check_processor(intermediate: str, cpu: Cpu) -> None:
+    """Refuse code for another processor."""
     told = set(re.findall(r'"target-cpu"="([^"]*)"', intermediate))
     if told != {cpu.mcpu}:
         raise failed(f"LLVM made code for {', '.join(sorted(told)) or 'any'}, not for {cpu.mcpu}")
+
+
+def _check_calls(made: bytes, cpu: Cpu) -> None:
+    """Refuse code that calls what is in no library."""
     foreign = {name.decode() for name in LIBRARY_CALLS.findall(made)} - WRITTEN
     if foreign:
         raise failed(

@@ -4,9 +4,10 @@ import os
 
 # Triton reads it when it is imported. The compiler of kvant starts a process without it.
 os.environ["TRITON_INTERPRET"] = "1"
-# NumPy's products are small here: a second thread for each costs more than it computes, and takes
-# the processor from the other worker. Read when numpy is imported, by child processes too.
+# Products are small here: a second thread for each, NumPy's or torch's, costs more than it computes
+# and takes the processor from the other worker. Read at the import, by child processes too.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -175,6 +176,22 @@ def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         folder = folder.parent
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KVANT_TEST_COMPILED", str(folder))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_vocabularies() -> Iterator[None]:
+    """Let transformers read a GGUF file as `compiler/weights.py` does: through a plain array."""
+    from gguf import GGUFReader
+
+    slow = GGUFReader._get
+
+    def get(self: Any, *args: Any, **options: Any) -> Any:
+        self.data = self.data.view(np.ndarray)
+        return slow(self, *args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GGUFReader, "_get", get)
         yield
 
 

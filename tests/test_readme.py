@@ -18,6 +18,8 @@ DEMO_SECONDS = 300
 
 def run(folder: Path, *command: str) -> str:
     env = os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # as in a user's shell
+        env.pop(name, None)
     done = subprocess.run(
         (sys.executable, *command), cwd=folder, env=env, capture_output=True, text=True
     )

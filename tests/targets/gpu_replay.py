@@ -319,8 +319,14 @@ class Language:
             if self.is_plain or semantic.builder is not builder:
                 return member(*args, **kwargs, _semantic=semantic)
             tensors: list[Any] = []
+            key: list[Any] = []
             try:
-                key = [_described(value, tensors) for value in args]
+                for value in args:
+                    if value.__class__ is tl.tensor:  # nearly all are
+                        tensors.append(value)
+                        key += (value.type.name, value.handle.dtype.name)
+                    else:
+                        key.append(_described(value, tensors))
                 for name, value in kwargs.items():
                     key += (name, _described(value, tensors))
             except Unknown:

@@ -21,7 +21,7 @@ from kvant.targets import TARGETS
 from kvant.targets.cpu import HEAD, _facts, compile_cpu, this_cpu
 from kvant.targets.cpu_attend import attend
 from kvant.targets.cpu_combine import combine
-from kvant.targets.cpu_compile import _check, assembly, compile_source
+from kvant.targets.cpu_compile import _check_calls, _check_processor, assembly, compile_source
 from kvant.targets.cpu_link import link
 from kvant.targets.kernel_text import KERNELS
 from kvant.targets.machines import CPUS, Cpu
@@ -158,7 +158,12 @@ def test_code_for_another_processor_is_refused() -> None:
     """As LLVM makes it, without a word, for a name that it does not know."""
     told = 'attributes #0 = { "target-cpu"="x86-64-v3" }'
     good = b"\x7fELF\0memset\0exports\0"
-    _check(told, good, V3)
+
+    def check(intermediate: str, made: bytes) -> None:
+        _check_processor(intermediate, V3)
+        _check_calls(made, V3)
+
+    check(told, good)
     cases = {
         "LLVM made code for any, not for x86-64-v3": ("", good),
         "LLVM made code for x86-64, not for x86-64-v3": (told.replace("-v3", ""), good),
@@ -170,7 +175,7 @@ def test_code_for_another_processor_is_refused() -> None:
     }
     for says, (intermediate, made) in cases.items():
         with pytest.raises(KvantError) as caught:
-            _check(intermediate, made, V3)
+            check(intermediate, made)
         assert (caught.value.code, caught.value.what) == ("compiler-failed", says)
     with pytest.raises(KvantError, match="LLVM does not know the processor z80"):
         compile_source(only("combine", V3), replace(V3, mcpu="z80"))
