@@ -22,11 +22,20 @@ from kvant.ir.graph import Graph, Value
 from kvant.ir.rewrite import Builder
 from kvant.ir.types import TensorType
 
+# By seconds, most first. What the first compiles, files further on share.
 SLOWEST = (
-    "test_gpu_random.py",
-    "test_gpu_random_pairs.py",
-    "test_smollm2.py",
     "test_cpu_random.py",
+    "test_gpu_random.py",
+    "test_smollm2.py",
+    "test_cpu_counts.py",
+    "test_capture.py",
+    "test_huggingface_families.py",
+    "test_gpu_whole.py",
+    "test_gpu_counts.py",
+    "test_cli.py",
+    "test_driver.py",
+    "test_cpu_variants.py",
+    "test_gpu_random_pairs.py",
 )
 AttentionCase = tuple[Graph, dict[str, Array], dict[str, Array], dict[str, Any]]
 
