@@ -327,7 +327,7 @@ def main() -> None:
     parser.add_argument("--only", metavar="RECIPE", choices=names(), help="print rows of it alone")
     parser.add_argument("--gpu", choices=KINDS, help="with --only: this kind of GPU")
     parser.add_argument("--shape", default=gpu_static_rows.MAIN, help="with --only")
-    parser.add_argument("--jobs", type=int, default=2, help="processes that compile")
+    parser.add_argument("--jobs", type=int, default=1, help="compiled at once; seconds grow")
     parser.add_argument("--render", action="store_true", help="the page again from its data")
     parser.add_argument("--budgets", action="store_true", help="lower the budgets to the data")
     options = parser.parse_args()

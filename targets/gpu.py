@@ -70,7 +70,12 @@ DIALECTS = {
 
 
 def emit(
-    plan: AttentionPlan, backend: str = "cuda", *, plain: bool = False, shared: int = 0
+    plan: AttentionPlan,
+    backend: str = "cuda",
+    *,
+    plain: bool = False,
+    shared: int = 0,
+    float_max: bool = False,
 ) -> Source[Kernel]:
     """Return the kernels of a plan as text.
 
@@ -79,8 +84,9 @@ def emit(
         backend: "cuda" or "hip".
         plain: without assembly, as Triton's interpreter takes it.
         shared: bytes of shared memory for a block of the GPU; 0 for kernels that any can launch.
+        float_max: of the GPU; see `machines.Gpu`.
     """
-    dialect = DIALECTS[backend]
+    dialect = replace(DIALECTS[backend], float_max=float_max)
     if plain:  # the interpreter takes as long for a line, whatever its arrays
         dialect = replace(dialect, rest=PART, new=PLAIN_NEW)
     (k, v), shape = kinds(plan, dialect), shape_of(plan, shared)
@@ -261,13 +267,14 @@ def _binary(gpu: Gpu, source: Source[Kernel]) -> Build:
 
 def target_of(gpu: Gpu) -> Target:
     """Return the target of a kind of GPU."""
+    source = partial(emit, backend=gpu.backend, shared=gpu.shared, float_max=gpu.float_max)
     return Target(
         name=f"{gpu.backend}:{gpu.name}",
         summary=f"{gpu.devices}, by Triton",
         supports=why_not,
         available=available,
         stages=(
-            Stage("source", partial(emit, backend=gpu.backend, shared=gpu.shared)),
+            Stage("source", source),
             Stage("binary", partial(_binary, gpu)),
         ),
     )

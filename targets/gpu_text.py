@@ -48,6 +48,7 @@ class Dialect:
         lanes: whether heads are rows of whole tiles, four at least; see `gpu_lanes.py`.
         new: tokens of one program of append, where each stands for itself.
         elements: numbers that one program of append encodes, near so many where it can.
+        float_max: whether a warp finds its largest float32 in one instruction, as it does integers.
     """
 
     form: str
@@ -61,6 +62,7 @@ class Dialect:
     new: int = 4
     elements: int = 1024
     lanes: bool = False
+    float_max: bool = False
 
 
 @dataclass(slots=True)

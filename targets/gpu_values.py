@@ -44,9 +44,18 @@ def write_sums(kernel: Kernel, v: tuple[Block, ...], rows: int, apart: int) -> N
 
 
 def write_weights(
-    kernel: Kernel, plan: AttentionPlan, v: tuple[Block, ...], rows: int, apart: int
+    kernel: Kernel,
+    plan: AttentionPlan,
+    v: tuple[Block, ...],
+    rows: int,
+    apart: int,
+    *,
+    floats: bool,
 ) -> None:
-    """Bind `weight`, the exponentials, and <part>_w_g, times the scales of group g, in float16."""
+    """Bind `weight`, the exponentials, and <part>_w_g, times the scales of group g, in float16.
+
+    `floats`: whether the largest of floats is found as soon as that of integers.
+    """
     groups = groups_of(v)
     for reader, group, _ in groups:
         kernel.line(f"{reader.name}_scale_{group} = {scale_of(reader, group)}")
@@ -56,7 +65,9 @@ def write_weights(
     for name in names[1:]:
         largest = f"tl.maximum({largest}, {name})"
     # Integers in the order of the scales: their largest in a warp takes one instruction.
-    kernel.line(f"bits = tl.max({largest}.to(tl.int32, bitcast=True), axis=0)")
+    bits = ".to(tl.int32, bitcast=True)"
+    own = f"tl.max({largest}, axis=0){bits}" if floats else f"tl.max({largest}{bits}, axis=0)"
+    kernel.line(f"bits = {own}")
     lift = "(bits >> 23) - 126"
     if not all(_is_f16(reader) for reader, _, _ in groups):
         lift = f"tl.minimum(tl.maximum({lift}, -{LARGEST_LIFT}), {LARGEST_LIFT})"

@@ -118,7 +118,7 @@ def _write_split(
         write_scores(kernel, plan, rows, k, dialect.period)
         kernel.note("values")
         _write_place(kernel, plan.v)
-        write_weights(kernel, plan, v, rows, apart)
+        write_weights(kernel, plan, v, rows, apart, floats=dialect.float_max)
         write_values(kernel, v)
         write_entry_values(kernel, v)
     write_partials(kernel, plan, v)

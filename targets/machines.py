@@ -22,6 +22,7 @@ class Gpu:
         warps: that a multiprocessor holds at once.
         blocks: that a multiprocessor holds at once.
         registers: of a multiprocessor, 32 bits each.
+        float_max: whether a warp finds its largest float32 in one instruction, as it does integers.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Gpu:
     warps: int
     blocks: int
     registers: int
+    float_max: bool = False
 
 
 # CUDA C Programming Guide, tables of technical specifications per compute capability: shared memory
@@ -48,7 +50,7 @@ GPUS = {
         Gpu("sm_86", "cuda", 86, 32, 99 * KIB, "A10, A40, RTX 30", 100 * KIB, 48, 16, 64 * KIB),
         Gpu("sm_89", "cuda", 89, 32, 99 * KIB, "L4, L40S, RTX 40", 100 * KIB, 48, 24, 64 * KIB),
         Gpu("sm_90", "cuda", 90, 32, 227 * KIB, "H100, H200", 228 * KIB, 64, 32, 64 * KIB),
-        Gpu("sm_100", "cuda", 100, 32, 227 * KIB, "B200", 228 * KIB, 64, 32, 64 * KIB),
+        Gpu("sm_100", "cuda", 100, 32, 227 * KIB, "B200", 228 * KIB, 64, 32, 64 * KIB, True),
         Gpu("sm_120", "cuda", 120, 32, 99 * KIB, "RTX 50", 100 * KIB, 48, 24, 64 * KIB),
         Gpu("gfx942", "hip", "gfx942", 64, 64 * KIB, "MI300", 64 * KIB, 32, 32, 128 * KIB),
         Gpu("gfx950", "hip", "gfx950", 64, 160 * KIB, "MI350", 160 * KIB, 32, 32, 128 * KIB),
