@@ -61,13 +61,7 @@ def write_weights(
         kernel.line(f"{reader.name}_scale_{group} = {scale_of(reader, group)}")
     kernel.note("the largest score, less the exponent of the largest scale, as a whole number")
     names = [f"{reader.name}_scale_{group}" for reader, group, _ in groups]
-    largest = names[0]
-    for name in names[1:]:
-        largest = f"tl.maximum({largest}, {name})"
-    # Integers in the order of the scales: their largest in a warp takes one instruction.
-    bits = ".to(tl.int32, bitcast=True)"
-    own = f"tl.max({largest}, axis=0){bits}" if floats else f"tl.max({largest}{bits}, axis=0)"
-    kernel.line(f"bits = {own}")
+    kernel.line(f"bits = {_bits_of_largest(names, floats=floats)}")
     lift = "(bits >> 23) - 126"
     if not all(_is_f16(reader) for reader, _, _ in groups):
         lift = f"tl.minimum(tl.maximum({lift}, -{LARGEST_LIFT}), {LARGEST_LIFT})"
@@ -88,6 +82,14 @@ def write_weights(
             zeros = f"{reader.name}_zeros_{group}"
             own = _summed("weight * zero[:, None]", rows, apart)
             kernel.line(f"{zeros} = {zeros} * shrink + {own}")
+
+
+def _bits_of_largest(names: list[str], *, floats: bool) -> str:
+    """Return the bits of the largest scale of all, i32: of integers in the order of the scales."""
+    largest, bits = names[0], ".to(tl.int32, bitcast=True)"
+    for name in names[1:]:
+        largest = f"tl.maximum({largest}, {name})"
+    return f"tl.max({largest}, axis=0){bits}" if floats else f"tl.max({largest}{bits}, axis=0)"
 
 
 def _is_f16(reader: PageReader) -> bool:
