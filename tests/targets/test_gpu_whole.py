@@ -338,7 +338,7 @@ def test_the_right_kernel_passes_where_wrong_ones_are_seen(name: str) -> None:
 
 def test_a_rest_that_is_read_a_few_tokens_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """As GPUs read it: the interpreter gets all tokens of a part at once elsewhere."""
-    monkeypatch.setattr(gpu, "replace", lambda dialect, rest, **others: replace(dialect, **others))
+    monkeypatch.setattr(gpu, "replace", lambda x, rest=0, **others: replace(x, **others))
     monkeypatch.setattr(gpu_interpreter, "module_of", gpu_interpreter.module_of.__wrapped__)
     plan = TILED["int4-ring"]
     tokens = gpu.DIALECTS["cuda"].rest
