@@ -85,7 +85,10 @@ def test_the_same_text_every_time(attached: Any, ids: Any, options: dict[str, An
 
 
 def test_prompt_lookup(attached: Any, ids: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tokens of a draft read each other as given; without a raw window that is not greedy's."""
+    """The tokens of a draft read each other as given; without a raw window that is not greedy's.
+
+    With one, what differs is what integers round of one query, and not of several.
+    """
     recipe, model, cache = attached
     crops, crop = [], cache.crop
     monkeypatch.setattr(cache, "crop", lambda count: (crops.append(count), crop(count)))
@@ -94,15 +97,14 @@ def test_prompt_lookup(attached: Any, ids: Any, monkeypatch: pytest.MonkeyPatch)
         greedy = text(model, prompt, cache, 60)
         found = text(model, prompt, cache, 60, prompt_lookup_num_tokens=5)
         same = (greedy == found)[0].tolist()
-        if recipe == "kivi-4bit":
-            assert all(same)
-        elif not all(same):
+        if not all(same):
             at = same.index(False)
             cache.reset()
             logits(model, greedy[:, :size], cache)
             last = [logits(model, greedy[:, i : i + 1], cache) for i in range(size, at)]
             scores = last[-1][0, -1] if last else logits(model, greedy[:, :size], cache)[0, -1]
-            assert scores[greedy[0, at]] - scores[found[0, at]] < 2.0, "not a near tie"
+            most = 0.1 if recipe == "kivi-4bit" else 2.0
+            assert scores[greedy[0, at]] - scores[found[0, at]] < most, "not a near tie"
     assert min(crops) < 0, "no draft was rejected"
 
 
