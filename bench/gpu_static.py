@@ -35,8 +35,10 @@ from kvant.ir.plan import AttentionPlan
 from kvant.targets import TARGETS, cost, gpu_counts
 from kvant.targets.gpu import DIALECTS, TRITON, Compiled, compile_kernels, launch_facts
 from kvant.targets.gpu_splits import merged_at_once, split_facts, tile_bytes
+from kvant.targets.gpu_text import Kernel
 from kvant.targets.kernel_text import GPU_KERNELS
 from kvant.targets.machines import DEVICES, GPUS, Gpu
+from kvant.targets.source import Source
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA, PAGE = ROOT / "docs" / "gpu-static.json", ROOT / "docs" / "gpu-static.md"
@@ -120,12 +122,8 @@ def measure(name: str, shape: str, kind: str, only: tuple[str, ...] = ()) -> dic
     row = {"recipe": name, "shape": shape, "gpu": kind}
     plan = plan_of(name, shape)
     try:
-        if name in FORMS:
-            source = fp16_attend(plan, FORMS[name], DIALECTS[gpu.backend].stages)
-        else:
-            source = TARGETS[f"{gpu.backend}:{kind}"].stages[0].run(plan)
-        text = source.text()
-        row["made_of"] = made_of(text, gpu)
+        source = source_of(name, plan, gpu)
+        row["made_of"] = made_of(source.text(), gpu)
         wanted = only or kernels_for(shape, kind)
         chosen = tuple(kernel for kernel in source.kernels if kernel.name in wanted)
         made = compile_kernels(replace(source, kernels=chosen), gpu)
@@ -140,6 +138,14 @@ def measure(name: str, shape: str, kind: str, only: tuple[str, ...] = ()) -> dic
     row["split_tokens"] = own["least_tiles"] * TILE if own else facts["split_tokens"]
     row["most_splits"] = own.get("most_splits")
     return row | _loops(plan, attend, made["attend"], gpu)
+
+
+def source_of(name: str, plan: AttentionPlan, gpu: Gpu) -> Source[Kernel]:
+    """Return the kernels of a row as text: of a recipe, or attend of 16 bits."""
+    if name in FORMS:
+        return fp16_attend(plan, FORMS[name], DIALECTS[gpu.backend].stages)
+    source: Source[Kernel] = TARGETS[f"{gpu.backend}:{gpu.name}"].stages[0].run(plan)
+    return source
 
 
 def made_of(text: str, gpu: Gpu) -> str:
@@ -249,7 +255,7 @@ def run(chosen: list[tuple[str, str, str]], kept: list[dict[str, Any]], jobs: in
     waiting = []
     for case in chosen:
         gpu = GPUS[case[2]]
-        source = TARGETS[f"{gpu.backend}:{gpu.name}"].stages[0].run(plan_of(*case[:2]))
+        source = source_of(case[0], plan_of(*case[:2]), gpu)
         if found.get(case, {}).get("made_of") != made_of(source.text(), gpu):
             waiting.append(case)
     print(f"{len(chosen) - len(waiting)} rows stand, {len(waiting)} to make")

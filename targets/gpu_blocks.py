@@ -26,7 +26,8 @@ from .gpu_text import Kernel, across, load, padded
 
 NEAR_BYTES = 64
 """Rows up to here: compilers see which addresses differ by a constant, if they are one sum of 32
-bits beside the page. Of longer rows, or beside slices, they do not, and that sum takes more."""
+bits beside the page. Of longer rows, beside slices, or where a tile is read in parts, they do not,
+and that sum takes more."""
 LEAST_BYTES = 32
 """Bytes of a token in a block: the least terms of a product of i8, and twice 16 for halves."""
 

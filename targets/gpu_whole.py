@@ -44,7 +44,7 @@ from .gpu_sequences import (
     words_of,
 )
 from .gpu_text import LEAST_DOT, Dialect, Kernel
-from .gpu_tiles import kinds
+from .gpu_tiles import key_tokens, kinds
 from .gpu_values import rows_of_sums, write_partials, write_sums, write_values, write_weights
 
 MOST_REGISTERS = 255
@@ -139,7 +139,8 @@ def _blocks(
     plan: AttentionPlan, stream: StreamPlan, dialect: Dialect, *, halves: bool
 ) -> tuple[Block, ...]:
     """Return the blocks of a stream."""
-    near = all(len(one.page_layout().parts) == 1 for one in (plan.k, plan.v))
+    whole = key_tokens(plan) == TILE
+    near = whole and all(len(one.page_layout().parts) == 1 for one in (plan.k, plan.v))
     words = has_words(plan, dialect)
     return blocks_of(stream, TILES, halves=halves, words=words, near=near)
 

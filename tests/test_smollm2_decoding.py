@@ -6,11 +6,13 @@ a batch is the row alone bit for bit; and whole logits differ less than the reci
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import kvant
+from kvant.compiler import recipe as recipes
 from kvant.compiler.bind import ModelSource, open_model
 from kvant.compiler.extras import find_packaged_smollm2
 from kvant.compiler.texts import demo_text
@@ -87,12 +89,12 @@ def test_the_same_text_every_time(attached: Any, ids: Any, options: dict[str, An
 def test_prompt_lookup(attached: Any, ids: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tokens of a draft read each other as given; without a raw window that is not greedy's.
 
-    With one, what differs is what integers round of one query, and not of several.
+    With one, what differs is what integers round of one query, and not of several: see the next.
     """
     recipe, model, cache = attached
     crops, crop = [], cache.crop
     monkeypatch.setattr(cache, "crop", lambda count: (crops.append(count), crop(count)))
-    for prompt in (ids[:, :60].repeat(1, 4), ids[:, 300:500]):
+    for prompt in prompts(ids):
         size = prompt.shape[1]
         greedy = text(model, prompt, cache, 60)
         found = text(model, prompt, cache, 60, prompt_lookup_num_tokens=5)
@@ -106,6 +108,24 @@ def test_prompt_lookup(attached: Any, ids: Any, monkeypatch: pytest.MonkeyPatch)
             most = 0.1 if recipe == "kivi-4bit" else 2.0
             assert scores[greedy[0, at]] - scores[found[0, at]] < most, "not a near tie"
     assert min(crops) < 0, "no draft was rejected"
+
+
+def test_prompt_lookup_in_floats_is_greedys(source: ModelSource, ids: Any, tmp_path: Path) -> None:
+    """With a raw window, and nothing rounded but what is stored, a draft's tokens are greedy's."""
+    from kvant.runtime.huggingface import attach
+
+    recipe, _ = recipes.load("kivi-4bit")
+    floats = recipe.model_copy(update={"compute": "float"})
+    artifact = kvant.compile(source, floats, ["cpu"], out=tmp_path / "floats.kvant")
+    model, cache = attach(source.load("float32"), artifact)
+    for prompt in prompts(ids):
+        greedy = text(model, prompt, cache, 60)
+        assert (greedy == text(model, prompt, cache, 60, prompt_lookup_num_tokens=5)).all()
+
+
+def prompts(ids: Any) -> Any:
+    """Return a prompt that repeats itself, so that drafts are found, and one that does not."""
+    return ids[:, :60].repeat(1, 4), ids[:, 300:500]
 
 
 def padded(ids: Any) -> tuple[Any, Any, Any]:
