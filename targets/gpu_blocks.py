@@ -20,8 +20,9 @@ from ..ir.encodings import Lut
 from ..ir.layouts import ALIGN, Field, Part
 from ..ir.plan import AttentionPlan, StreamPlan
 from ..ir.planes import code_bits, low_bits
+from .gpu_lookups import Entries, EntriesApart
 from .gpu_pages import PageReader, block_in, coded, readers_of
-from .gpu_sequences import STEP, Entries, EntriesApart, Sequence, Triples
+from .gpu_sequences import STEP, Sequence, Triples
 from .gpu_text import Kernel, across, load, padded
 
 NEAR_BYTES = 64

@@ -29,20 +29,12 @@ from .gpu_entries import (
 )
 from .gpu_keys import write_queries, write_scores
 from .gpu_lane_attend import declare_lanes, write_wide_split
+from .gpu_lookups import Entries, EntriesApart, Held, Unpacker, words_of
 from .gpu_pages import declare_pages
 from .gpu_prepare import declare_codes
 from .gpu_rest import write_rest
 from .gpu_scales import in_words
-from .gpu_sequences import (
-    Entries,
-    EntriesApart,
-    Held,
-    Named,
-    Times,
-    Triples,
-    Unpacker,
-    words_of,
-)
+from .gpu_sequences import Named, Times, Triples
 from .gpu_text import LEAST_DOT, Dialect, Kernel
 from .gpu_tiles import key_tokens, kinds
 from .gpu_values import rows_of_sums, write_partials, write_sums, write_values, write_weights

@@ -19,20 +19,8 @@ import torch
 from kvant.ir.errors import KvantError
 from kvant.targets.gpu import DIALECTS, HEAD
 from kvant.targets.gpu_compile import WORDS, check_words
-from kvant.targets.gpu_sequences import (
-    GCN,
-    PLAIN,
-    PTX,
-    Entries,
-    EntriesApart,
-    Held,
-    Named,
-    Sequence,
-    Times,
-    Triples,
-    Unpacker,
-    words_of,
-)
+from kvant.targets.gpu_lookups import Entries, EntriesApart, Held, Unpacker, words_of
+from kvant.targets.gpu_sequences import GCN, PLAIN, PTX, Named, Sequence, Times, Triples
 from kvant.targets.gpu_whole import sequences_of
 
 from .cpu_cases import PLANS
