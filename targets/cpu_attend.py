@@ -70,6 +70,7 @@ from .cpu_values_int import write_page_values_int
 from .cpu_weights_int import (
     value_dots,
     value_scratch_int,
+    write_page_steps_int,
     write_page_weights_int,
     write_value_zeros,
 )
@@ -152,16 +153,17 @@ def _softmax(plan: AttentionPlan, rows: str, cpu: Cpu, *, alike: bool) -> Softma
 
 def _key_pages(
     kernel: Kernel, readers: Readers, plan: AttentionPlan, cpu: Cpu
-) -> tuple[PageWriter, PageWriter | None]:
+) -> tuple[PageWriter, tuple[PageWriter, ...]]:
     """Declare what the scores of an item need.
 
-    Returns: what writes those of a page, and what is done for all heads of a page before.
+    Returns: what writes those of a page, and what is done before for all heads of a page, one after
+        another.
     """
     group, heads = plan.group, item_heads(plan)
     if readers[0].layout.kind == ROWS:
         for reader in readers:
             score_scratch(kernel, reader, group, heads)
-        return write_page_scores, None
+        return write_page_scores, ()
     dots = [key_dots(reader, group, heads, cpu) for reader in readers]
     all_first = any(own.heads > 1 and own.reader.per_channel for own in dots)
     keys = {own.reader: replace(own, early=all_first) for own in dots}
@@ -176,19 +178,19 @@ def _key_pages(
         if reader.per_channel and keys[reader].heads > 1:
             write_page_queries_int(kernel, keys[reader], rows)
 
-    return write_scores, write_queries if all_first else None
+    return write_scores, (write_queries,) if all_first else ()
 
 
 def _value_pages(
     kernel: Kernel, readers: Readers, plan: AttentionPlan, cpu: Cpu
-) -> tuple[PageWriter, PageWriter | None, Callable[[], None]]:
+) -> tuple[PageWriter, tuple[PageWriter, ...], Callable[[], None]]:
     """Declare what the values of an item need.
 
-    Returns: what adds a page, what is done for all heads of a page before, what ends the last page.
+    Returns: what adds a page, what is done before for all heads of a page, what ends the last page.
     """
     if readers[0].layout.kind == ROWS:
         value_scratch(kernel, readers, plan.group)
-        return write_page_values, None, lambda: None
+        return write_page_values, (), lambda: None
     heads = item_heads(plan)
     dots = [value_dots(reader, plan.group, heads, cpu) for reader in readers]
     all_first = any(own.heads > 1 for own in dots)
@@ -200,6 +202,10 @@ def _value_pages(
         write_page_values_int(kernel, values[reader], rows)
         write_entry_values(kernel, reader, rows)
 
+    def write_steps(kernel: Kernel, reader: PageReader, rows: Rows) -> None:
+        if values[reader].heads > 1:
+            write_page_steps_int(kernel, values[reader], rows)
+
     def write_weights(kernel: Kernel, reader: PageReader, rows: Rows) -> None:
         if values[reader].heads > 1:
             write_page_weights_int(kernel, values[reader], rows)
@@ -208,7 +214,8 @@ def _value_pages(
         for own in values.values():
             write_value_zeros(kernel, own)
 
-    return write_values, write_weights if all_first else None, write_end
+    before = (write_steps, write_weights) if any(own.apart for own in dots) else (write_weights,)
+    return write_values, before if all_first else (), write_end
 
 
 def _each(
@@ -219,7 +226,7 @@ def _each(
     rows: list[Rows],
     raw: RawWriter,
     page: PageWriter,
-    before: PageWriter | None = None,
+    before: tuple[PageWriter, ...] = (),
 ) -> None:
     """Walk a stream once and do every block of rows at each region.
 
@@ -231,7 +238,7 @@ def _each(
         rows: the blocks of rows.
         raw: writes a raw region.
         page: writes a page of a head.
-        before: the same for all heads of a page before `page` begins; or None.
+        before: the same before `page` begins, each for all heads of a page.
     """
 
     def on_raw(buffer: str, base: str, first: str, last: str) -> None:
@@ -245,13 +252,12 @@ def _each(
             for block in rows:
                 page(kernel, reader, block)
 
-    def on_before() -> None:
+    def on_before(write: PageWriter) -> None:
         for reader, block in product(readers, rows):
-            if before is not None:
-                before(kernel, reader, block)
+            write(kernel, reader, block)
 
     stream, heads = plan.k if role == "k" else plan.v, partial(_heads, kernel, plan)
-    all_first = on_before if before else None
+    all_first = tuple(partial(on_before, write) for write in before)
     write_regions(kernel, readers, stream, on_raw, on_page, heads, all_first)
 
 

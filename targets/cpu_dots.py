@@ -39,6 +39,11 @@ WORD_PAIRS = {
     32: "llvm.x86.avx2.pmadd.wd",
     64: "llvm.x86.avx512.pmaddw.d.512",
 }
+# Narrow two vectors of integers to one, a piece of 16 bytes of each in turn.
+PACKED = {
+    16: ("llvm.x86.sse2.packssdw.128", "llvm.x86.sse2.packsswb.128"),
+    32: ("llvm.x86.avx2.packssdw", "llvm.x86.avx2.packsswb"),
+}
 NEON = {"neon": "llvm.aarch64.neon.sdot", "neon-i8mm": "llvm.aarch64.neon.usdot"}
 # For codes of 8 bits: with low bytes, and with high ones.
 NEON_LOW = "llvm.aarch64.neon.udot"
@@ -187,10 +192,36 @@ class Dots:
     ) -> None:
         """Store vectors of whole numbers, f32, as integers of a buffer, one after another."""
         size = lanes * len(vectors)
-        value = f"T.Shuffle({vectors}, {list(range(size))})".replace("'", "")
-        value = value if len(vectors) > 1 else vectors[0]
-        whole = cast(self.integers, cast("int32", value, size), size)
+        if self._is_packed(len(vectors), lanes):
+            whole = self._packed(kernel, vectors, lanes)
+        else:
+            value = f"T.Shuffle({vectors}, {list(range(size))})".replace("'", "")
+            value = value if len(vectors) > 1 else vectors[0]
+            whole = cast(self.integers, cast("int32", value, size), size)
         self.store_integers(kernel, buffer, place, whole, size)
+
+    def _is_packed(self, count: int, lanes: int) -> bool:
+        """Return whether so many vectors make one register of integers, by PACKED."""
+        narrowed = 2 if self.wide_codes else 4
+        is_full = count == narrowed and 4 * lanes == self.cpu.vector
+        return is_full and self.cpu.dots not in NEON and self.cpu.vector in PACKED
+
+    def _packed(self, kernel: Kernel, vectors: list[str], lanes: int) -> str:
+        """Return the integers of vectors of whole numbers, which fit: nothing saturates."""
+        to_16, to_8 = PACKED[self.cpu.vector]
+        names = [kernel.fresh("whole", cast("int32", vector, lanes)) for vector in vectors]
+        pairs = [
+            kernel.fresh("pair", pure(to_16, "int16", 2 * lanes, *names[i : i + 2]))
+            for i in range(0, len(names), 2)
+        ]
+        packed = pairs[0] if self.wide_codes else pure(to_8, "int8", 4 * lanes, *pairs)
+        if self.cpu.vector == 16:
+            return packed
+        # Halves of 16 bytes hold a piece of each vector; the pieces of a vector are neighbours.
+        kind, count = ("int64", 4) if self.wide_codes else ("int32", 8)
+        order = tuple(i // 2 + i % 2 * (count // 2) for i in range(count))
+        pieces = _shuffled(kernel, bits_as(kind, packed, count), order, count)
+        return bits_as(self.integers, pieces, lanes * len(vectors))
 
     def store_integers(
         self, kernel: Kernel, buffer: str, place: str, value: str, lanes: int

@@ -65,7 +65,7 @@ def write_regions(
     raw: RawRegion,
     page: PageRegion,
     each_head: EachHead | None = None,
-    before: PageRegion | None = None,
+    before: tuple[PageRegion, ...] = (),
 ) -> None:
     """Walk the positions [see0, see1) of a stream: sink, pages, tail.
 
@@ -77,8 +77,8 @@ def write_regions(
         page: called inside the loop over pages; bound are <role>_pos, the position of the page's
             first token, and <role>_t0, <role>_t1, the tokens of the page that are wanted.
         each_head: writes the loop over heads [h0, h1), innermost; None where h is bound.
-        before: as `page`, for all heads before the first one's `page`, where streams are asked for
-            ahead; or None.
+        before: as `page`, each for all heads before the first one's `page`, where streams are asked
+            for ahead.
     """
     role, sink, width, size = stream.role, stream.tokens.sink, stream.channels, stream.page_tokens
     head = f"(b * {stream.heads} + h)"
@@ -113,21 +113,22 @@ def _write_page(
     readers: Readers,
     page: PageRegion,
     each_head: EachHead,
-    before: PageRegion | None,
+    before: tuple[PageRegion, ...],
 ) -> None:
     """Write what is done for each head of a page that is asked for ahead; see `write_regions`."""
     role = readers[0].role
-    if before is not None:
+    for number, write in enumerate(before, 1):
         with each_head():
             open_page(kernel, readers, f"{role}_page")
-            # It reads the parameters of all heads, so they come a page before.
-            for reader in readers:
+            # It reads the parameters of all heads, so they come a page before; beside what takes
+            # longest, for a burst would fill the queue of misses.
+            for reader in readers if number == len(before) else ():
                 _write_parameter_asks(kernel, reader, f"{role}_block + {role}_next")
-            before()
+            write()
     with each_head():
         open_page(kernel, readers, f"{role}_page")
         _write_ahead(kernel, readers)
-        if before is None:
+        if not before:
             for reader in readers:
                 if len(parameter_bytes(reader)) <= MOST_BURST:
                     _write_parameter_asks(kernel, reader, f"{role}_ask")

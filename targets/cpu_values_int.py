@@ -32,6 +32,7 @@ from .cpu_weights_int import (
     each_block,
     first_integer,
     step_of,
+    write_page_steps_int,
     write_page_weights_int,
     zero_sum_of,
 )
@@ -50,6 +51,7 @@ def write_page_values_int(kernel: Kernel, values: ValueDots, rows: Rows) -> None
     """Add the values of the present page to a block of rows."""
     reader = values.reader
     if values.heads == 1:
+        write_page_steps_int(kernel, values, rows)
         write_page_weights_int(kernel, values, rows)
     most = values.planes_at_once(rows.count)
     for plane in range(0, reader.planes, most):

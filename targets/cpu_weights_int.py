@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import gcd
+from typing import Protocol
 
 from ..ir.arrangements import QUAD
 from ..ir.integers import BLOCK, most_integer
@@ -35,6 +36,13 @@ from .machines import Cpu
 # Outputs that stay in registers from block to block, beside as many sums; more are read and written
 # for each block, which is done for all channels before the next one begins.
 MOST_OUTPUTS = 8
+
+
+class WriteBlock(Protocol):
+    """What is written for one block of tokens and one group of channels."""
+
+    def __call__(self, kernel: Kernel, values: ValueDots, rows: Rows, *, whole: bool) -> None:
+        """Write it; `whole`: all tokens of the block are wanted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +77,16 @@ class ValueDots:
         return self.reader.own("w_steps")
 
     @property
+    def units(self) -> str:
+        """Name of what one of the rounded weights is worth, before codes' places change it."""
+        return self.reader.own("w_units") if self.apart else "unit"
+
+    @property
+    def inverses(self) -> str:
+        """Name of the inverses of units."""
+        return self.reader.own("w_inverses") if self.apart else "inverse"
+
+    @property
     def zeros(self) -> str:
         """Name of the sums of rounded weights times zero points, or with scales of channels alone.
 
@@ -92,6 +110,16 @@ class ValueDots:
         return self.dots.in_place and (
             self.groups == 1 or self.reader.plane % self.reader.group == 0
         )
+
+    @property
+    def apart(self) -> bool:
+        """Whether steps of all heads are found before the first weight is rounded.
+
+        Both are chains of instructions that wait for each other. One behind the other they fill
+        what the processor looks ahead; of two loops, each begins its next chain meanwhile. A single
+        chain of one row is short enough.
+        """
+        return self.rows * self.groups > 1
 
     @property
     def copies(self) -> int:
@@ -140,6 +168,9 @@ def value_scratch_int(kernel: Kernel, values: ValueDots, heads: int) -> None:
     kernel.scratch(values.integers, values.integers_at_once, values.dots.integers)
     values.dots.declare(kernel, values.integers, values.integers_at_once // QUAD)
     kernel.scratch(values.steps, blocks * values.copies)
+    if values.apart:
+        for name in (values.units, values.inverses):
+            kernel.scratch(name, blocks)
     if values.reader.per_channel:
         kernel.scratch(values.zeros, blocks)
         return
@@ -167,15 +198,36 @@ def write_value_zeros(kernel: Kernel, values: ValueDots) -> None:
             kernel.line(f"{target} = {target} + {splat(f'{name}[0]', at_once)}")
 
 
+def write_page_steps_int(kernel: Kernel, values: ValueDots, rows: Rows) -> None:
+    """Find what one of the rounded weights of the present page is worth, for a block of rows.
+
+    Writes nothing where `write_page_weights_int` finds it, and nothing is `apart`.
+    """
+    if values.apart:
+        _write_each_block(kernel, values, rows, (_write_block_steps,))
+
+
 def write_page_weights_int(kernel: Kernel, values: ValueDots, rows: Rows) -> None:
-    """Round the weights of the present page for a block of rows."""
+    """Round the weights of the present page for a block of rows; see `write_page_steps_int`."""
+    steps = () if values.apart else (_write_block_steps,)
+    _write_each_block(kernel, values, rows, (*steps, _write_block_integers))
+
+
+def _write_each_block(
+    kernel: Kernel, values: ValueDots, rows: Rows, writes: tuple[WriteBlock, ...]
+) -> None:
+    """Write a loop over the blocks of the present page and the groups of channels."""
     with kernel.block(f"for group in T.serial(T.int64({values.groups}))"):
         # Most pages are wanted whole: then there is nothing to mask.
         with kernel.block(f"if v_t1 - v_t0 == {values.reader.layout.tokens}"):
             with kernel.block(each_block()):
-                _write_rounding(kernel, values, rows, whole=True)
+                for write in writes:
+                    write(kernel, values, rows, whole=True)
         with kernel.block("else"), kernel.block(each_block()):
-            _write_rounding(kernel, values, rows, whole=False)
+            for name, edge in (("place0", "v_t0"), ("place1", "v_t1")):
+                kernel.let(name, splat(f'T.Cast("int32", {edge})', values.lanes))
+            for write in writes:
+                write(kernel, values, rows, whole=False)
 
 
 def each_block() -> str:
@@ -186,24 +238,28 @@ def each_block() -> str:
     return f"for block in T.serial({first}, T.max({first}, {last}))"
 
 
-def _write_rounding(kernel: Kernel, values: ValueDots, rows: Rows, *, whole: bool) -> None:
-    """Fill integers, steps and zero sums of a block of tokens, some unwanted if not `whole`."""
+def _write_block_steps(kernel: Kernel, values: ValueDots, rows: Rows, *, whole: bool) -> None:
+    """Fill the steps, units and inverses of a block of tokens, some unwanted if not `whole`."""
     lanes = values.lanes
-    kernel.scratch("w", rows.count * BLOCK)
-    for name in ("most", "total"):
-        kernel.scratch(name, rows.count * lanes)
-    for name in ("largest", "inverse", "step"):
-        kernel.scratch(name, rows.count + 4)
-    if not whole:
-        for name, edge in (("place0", "v_t0"), ("place1", "v_t1")):
-            kernel.let(name, splat(f'T.Cast("int32", {edge})', lanes))
-    for loop in ("T.unroll(1)", f"T.unroll(1, {BLOCK // lanes})"):
-        with kernel.block(f"for i in {loop}"):
-            _write_weights(kernel, values, rows, first=loop == "T.unroll(1)", whole=whole)
+    kernel.scratch("most", rows.count * lanes)
+    kernel.scratch("largest", rows.count + 4)
+    if not values.apart:
+        for name in (values.units, values.inverses):
+            kernel.scratch(name, rows.count + 4)
+    for i in range(BLOCK // lanes):
+        weights = _weights(kernel, values, rows, str(i * lanes), whole=whole)
+        for r, weight in enumerate(weights):
+            largest = at("most", str(r * lanes), lanes)
+            kernel.line(f"{largest} = {f'T.max({largest}, {weight})' if i else weight}")
     for first, count in row_blocks(rows.count):
         own = [at("most", str((first + i) * lanes), lanes) for i in range(count)]
         fold_rows(kernel, own, lanes, "T.max({}, {})", "largest", first)
         _write_steps(kernel, values, rows, first, count)
+
+
+def _write_block_integers(kernel: Kernel, values: ValueDots, rows: Rows, *, whole: bool) -> None:
+    """Fill the integers and zero sums of a block of tokens, some unwanted if not `whole`."""
+    kernel.scratch("total", rows.count * values.lanes)
     _write_integers(kernel, values, rows, whole=whole)
     _write_zero_sums(kernel, values, rows)
     for r in range(rows.count):
@@ -214,8 +270,9 @@ def _write_rounding(kernel: Kernel, values: ValueDots, rows: Rows, *, whole: boo
 def _write_steps(kernel: Kernel, values: ValueDots, rows: Rows, first: int, count: int) -> None:
     """Write steps of some rows of the block, and their inverses, from what is largest."""
     most, bits = most_integer(values.dots.bits), values.dots.bits
-    largest, inverse, step = (
-        at(name, str(first), count) for name in ("largest", "inverse", "step")
+    largest = at("largest", str(first), count)
+    step, inverse = (
+        at(name, unit_of(values, rows, first), count) for name in (values.units, values.inverses)
     )
     kernel.line(f"{step} = {largest} * {number(1.0 / most, count)}")
     kernel.line(f"{inverse} = {inverse_of(largest, most, count)}")
@@ -229,21 +286,19 @@ def _write_steps(kernel: Kernel, values: ValueDots, rows: Rows, first: int, coun
         kernel.line(f"{target} = {step} * {power}" if values.in_place else f"{target} = {step}")
 
 
-def _write_weights(
-    kernel: Kernel, values: ValueDots, rows: Rows, *, first: bool, whole: bool
-) -> None:
-    """Write vector i of the block of weights to `w`, and the largest by lanes to `most`."""
+def _weights(
+    kernel: Kernel, values: ValueDots, rows: Rows, first: str, *, whole: bool
+) -> list[str]:
+    """Bind the weights of each row from token `first` of the block on, a vector of them."""
     lanes, reader = values.lanes, values.reader
-    t, place = _place(kernel, f"i * {lanes}", lanes, whole=whole)
-    if not reader.per_channel:
-        kernel.let("scale", reader.scale(t, "group", lanes))
+    t, place = _place(kernel, first, lanes, whole=whole)
+    scale = "" if reader.per_channel else kernel.fresh("scale", reader.scale(t, "group", lanes))
+    found = []
     for r in range(rows.count):
         p = at("logits", rows.logit(str(r), f"v_pos + {t}"), lanes)
-        weight = p if reader.per_channel else f"({p} * scale)"
-        wanted = kernel.fresh("weight", _inside(weight, number(0.0, lanes), place))
-        kernel.line(f"{at('w', f'{r * BLOCK} + i * {lanes}', lanes)} = {wanted}")
-        largest = at("most", str(r * lanes), lanes)
-        kernel.line(f"{largest} = {wanted if first else f'T.max({largest}, {wanted})'}")
+        weight = f"({p} * {scale})" if scale else p
+        found.append(kernel.fresh("weight", _inside(weight, number(0.0, lanes), place)))
+    return found
 
 
 def _place(kernel: Kernel, first: str, lanes: int, *, whole: bool) -> tuple[str, str | None]:
@@ -263,11 +318,12 @@ def _write_integers(kernel: Kernel, values: ValueDots, rows: Rows, *, whole: boo
     with kernel.block(f"for part in T.unroll({BLOCK // lanes // count})"):
         vectors = [f"part * {count * lanes} + {i * lanes}" for i in range(count)]
         zeros = [_zero(kernel, values, first, whole=whole) for first in vectors]
+        weights = [_weights(kernel, values, rows, first, whole=whole) for first in vectors]
         for r in range(rows.count):
             total, numbers = at("total", str(r * lanes), lanes), []
-            for first, zero in zip(vectors, zeros, strict=True):
-                weight = at("w", f"{r * BLOCK} + {first}", lanes)
-                n = kernel.fresh("n", rint(f"{weight} * {splat(f'inverse[{r}]', lanes)}", lanes))
+            inverse = splat(f"{values.inverses}[{unit_of(values, rows, r)}]", lanes)
+            for own, zero in zip(weights, zeros, strict=True):
+                n = kernel.fresh("n", rint(f"{own[r]} * {inverse}", lanes))
                 kernel.line(f"{total} = {fma(n, zero, total)}")
                 numbers.append(n)
             target = f"{first_integer(values, rows, r, 'group')} + part * {count * lanes}"
@@ -289,17 +345,19 @@ def _write_zero_sums(kernel: Kernel, values: ValueDots, rows: Rows) -> None:
     """Keep the sums `total` of the block, scaled."""
     lanes = values.lanes
     if values.reader.per_channel:
+        kernel.scratch("largest", rows.count + 4)
         for first, count in row_blocks(rows.count):
             own = [at("total", str((first + i) * lanes), lanes) for i in range(count)]
             fold_rows(kernel, own, lanes, "({} + {})", "largest", first)
             zeros = at(values.zeros, zero_sum_of(values, rows, first), count)
-            total, step = (at(name, str(first), count) for name in ("largest", "step"))
-            kernel.line(f"{zeros} = {total} * {step}")
+            total, step = at("largest", str(first), count), unit_of(values, rows, first)
+            kernel.line(f"{zeros} = {total} * {at(values.units, step, count)}")
         return
     for r in range(rows.count):
         place = f"({rows.of_item(str(r))} * {values.groups} + group) * {lanes}"
         zeros, total = at(values.zeros, place, lanes), at("total", str(r * lanes), lanes)
-        kernel.line(f"{zeros} = {fma(total, splat(f'step[{r}]', lanes), zeros)}")
+        step = splat(f"{values.units}[{unit_of(values, rows, r)}]", lanes)
+        kernel.line(f"{zeros} = {fma(total, step, zeros)}")
 
 
 def _inside(value: str, other: str, place: str | None) -> str:
@@ -314,6 +372,14 @@ def step_of(values: ValueDots, rows: Rows, r: int, group: str, i: int) -> str:
     copy = i if values.copies > 1 else 0
     place = f"({group} * {values.blocks} + block) * {values.copies} + {copy}"
     return f"({place}) * {values.rows * values.heads} + {values.row(rows, r)}"
+
+
+def unit_of(values: ValueDots, rows: Rows, r: int) -> str:
+    """Return where the unit of the present block and group is, and its inverse; rows are last."""
+    if not values.apart:
+        return str(r)
+    place = f"(group * {values.blocks} + block)"
+    return f"{place} * {values.rows * values.heads} + {values.row(rows, r)}"
 
 
 def zero_sum_of(values: ValueDots, rows: Rows, r: int) -> str:

@@ -5,7 +5,8 @@
  *
  * A loop is cut into parts that do not depend on each other. The calling thread takes part; parts are
  * handed out one by one by a counter. Which thread computes a part never changes a bit of the result.
- * The caller times the first part and wakes workers only if what is left is worth it.
+ * The caller wakes workers only if that is worth it: if the same loop was long the last time, at once,
+ * else after the first part, which it times.
  * One thread, a nested loop, and a loop that begins while another one runs are computed in place.
  */
 #define _GNU_SOURCE
@@ -21,6 +22,7 @@
 #define PARTS_PER_THREAD 8
 #define SPINS 2000
 #define WORTH_WAKING_NS 40000 /* of work left; waking and joining a worker costs about a tenth */
+#define LOOPS 16 /* whose last time is remembered; a library has about half as many */
 #define ALIGNMENT 64
 
 typedef struct {
@@ -47,6 +49,8 @@ static struct {
   group_env env;
   atomic_int next, failed, inside;
   int workers;           /* threads that were started */
+  struct { part_fn body; int64_t work_ns; } last[LOOPS]; /* of a loop's last run, all threads together */
+  int loops;             /* of these that are filled */
 } pool = {.busy = PTHREAD_MUTEX_INITIALIZER, .lock = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER};
 
 static _Thread_local int in_loop;
@@ -134,23 +138,37 @@ static int64_t now_ns(void) {
   return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
 }
 
-/* Take the first part alone; return whether the others are worth a second thread. */
-static int first_part_says_long(void) {
-  int64_t begin = now_ns();
-  in_loop = 1;
-  if (pool.body(atomic_fetch_add(&pool.next, 1), &pool.env, pool.data)) atomic_store(&pool.failed, 1);
-  in_loop = 0;
-  return (now_ns() - begin) * (pool.env.num_task - 1) > WORTH_WAKING_NS;
+/* Return where the time of the present loop is remembered. */
+static int64_t *last_work(void) {
+  for (int i = 0; i < pool.loops; i++)
+    if (pool.last[i].body == pool.body) return &pool.last[i].work_ns;
+  int place = pool.loops < LOOPS ? pool.loops++ : 0;
+  pool.last[place].body = pool.body;
+  pool.last[place].work_ns = 0;
+  return &pool.last[place].work_ns;
 }
 
-static void take_parts_with_workers(int threads) {
+/* Take one part and estimate what all take one after another, unless none is left. */
+static void take_timed_part(int64_t *work) {
+  int part = atomic_fetch_add(&pool.next, 1);
+  if (part >= pool.env.num_task) return;
+  int64_t begin = now_ns();
+  in_loop = 1;
+  if (pool.body(part, &pool.env, pool.data)) atomic_store(&pool.failed, 1);
+  in_loop = 0;
+  *work = (now_ns() - begin) * pool.env.num_task;
+}
+
+static void open_to_workers(int threads) {
   start_workers(threads - 1);
   pthread_mutex_lock(&pool.lock);
   pool.open = 1;
   atomic_fetch_add(&pool.round, 1);
   pthread_cond_broadcast(&pool.wake);
   pthread_mutex_unlock(&pool.lock);
-  take_parts();
+}
+
+static void close_to_workers(void) {
   pthread_mutex_lock(&pool.lock);
   pool.open = 0;
   pthread_mutex_unlock(&pool.lock);
@@ -158,6 +176,21 @@ static void take_parts_with_workers(int threads) {
     if (spins < SPINS) pause_briefly();
     else sched_yield();
   }
+}
+
+/* Run the present loop on so many threads. One that was long the last time is shared from its first
+ * part on: where parts are few, that part alone would be a whole turn. */
+static void run(int threads) {
+  int64_t *work = last_work();
+  int shared = *work > WORTH_WAKING_NS;
+  if (shared) open_to_workers(threads);
+  take_timed_part(work);
+  if (!shared && *work > WORTH_WAKING_NS) {
+    shared = 1;
+    open_to_workers(threads);
+  }
+  take_parts();
+  if (shared) close_to_workers();
 }
 
 static int launch(part_fn body, void *data, int hint) {
@@ -170,8 +203,7 @@ static int launch(part_fn body, void *data, int hint) {
   pool.env = (group_env){NULL, threads * PARTS_PER_THREAD};
   atomic_store(&pool.next, 0);
   atomic_store(&pool.failed, 0);
-  if (first_part_says_long()) take_parts_with_workers(threads);
-  else take_parts();
+  run(threads);
   int failed = atomic_load(&pool.failed);
   pthread_mutex_unlock(&pool.busy);
   return failed ? -1 : 0;
