@@ -1,5 +1,6 @@
-"""Threads: the same bits for any number, several callers at once, and after fork."""
+"""Threads: the same bits for any number, several callers at once, after fork; who joins when."""
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -112,3 +113,47 @@ def test_a_forked_child_computes(threads: None, tmp_path: Path) -> None:
         timeout=120,
     )
     assert done.stdout.strip() == "same", done.stderr
+
+
+LAUNCHER = """
+#include <pthread.h>
+#include <stdatomic.h>
+#include <unistd.h>
+void *__TVMBackendParallelLaunch;
+static atomic_int others, joined;
+static pthread_t caller;
+static int is_long;
+
+static int body(int part, void *env, void *data) {
+  if (!pthread_equal(pthread_self(), caller)) others = 1;
+  if (is_long && part == 0) {
+    for (int i = 0; i < 500 && !others; i++) usleep(1000);
+    joined = others;
+  }
+  return 0;
+}
+
+/* Return whether another thread came: before the first part of a long loop was through, or ever. */
+int run_loop(int wanted) {
+  caller = pthread_self();
+  is_long = wanted;
+  others = joined = 0;
+  ((int (*)(void *, void *, int))__TVMBackendParallelLaunch)(body, 0, 0);
+  return is_long ? joined : others;
+}
+"""
+
+
+def test_a_loop_that_was_long_is_shared_from_its_first_part_on(
+    threads: None, tmp_path: Path
+) -> None:
+    (tmp_path / "launcher.c").write_text(LAUNCHER)
+    pool = Path(__file__).parents[2] / "targets" / "pool.c"
+    command = ["cc", "-shared", "-fPIC", "-pthread", "-o", "pool.so", str(pool), "launcher.c"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    run_loop = ctypes.CDLL(str(tmp_path / "pool.so")).run_loop
+    assert not run_loop(True), "a loop that nobody knows begins alone"
+    assert run_loop(True), "one that was long does not"
+    run_loop(False)  # it was long, so workers are woken once more, and its time is seen
+    # Whoever interrupts the first part makes one loop seem long.
+    assert not all(run_loop(False) for _ in range(5)), "a short loop wakes nobody"
